@@ -1,0 +1,336 @@
+"""Recipe: a YAML file and `section.key=value` overrides become frozen models, or one list of every fault."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, WrapValidator, model_validator
+from pydantic_core import ErrorDetails
+
+MAX_BYTES = 256 * 1024  # a recipe is a page; a larger file is not a recipe
+MAX_DEPTH = 12
+
+# Settings that cannot change a weight: a run may go on under another value of these.
+harmless = {"json_schema_extra": {"harmless": True}}
+
+
+class InputError(ValueError):
+    """The user's input is at fault: the command line prints the message alone and exits with 2."""
+
+
+class Section(BaseModel):
+    """One mapping of a recipe or a JSON file of ours: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), validate_default=False
+    )
+
+
+class Choice:
+    """Validates a mapping as the section that its `kind` names; `kinds()` lists what is installed."""
+
+    def __init__(self, what: str, kinds: Callable[[], Mapping[str, Callable[[], type[Section]]]]) -> None:
+        self.what, self.kinds = what, kinds
+
+    def pick(self, values: object) -> type[Section]:
+        """The section class for `values`; raises ValueError when there is none."""
+        if isinstance(values, Section):
+            return type(values)
+        kinds = self.kinds()
+        if not isinstance(values, dict):
+            raise ValueError(f"must be a mapping with a `kind`, one of {', '.join(sorted(kinds))}")
+        if "kind" not in values:
+            raise ValueError(f"needs a `kind`, one of {', '.join(sorted(kinds))}")
+        kind = values["kind"]
+        if not isinstance(kind, str) or kind not in kinds:
+            raise ValueError(f"{kind!r} is not {self.what}{suggestion(str(kind), kinds)}")
+        return kinds[kind]()
+
+    def __call__(self, values: object, _: object) -> Section:
+        return values if isinstance(values, Section) else self.pick(values).model_validate(values)
+
+
+def suggestion(word: str, known: Mapping[str, object] | list[str]) -> str:
+    """`; did you mean ...?` for the nearest known word, or the list of all."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+class DataOptions(Section):
+    """What is read: a folder made by `gandist pack` or `gandist index`."""
+
+    path: Annotated[str, Field(min_length=1, **harmless)]  # the dataset's digest is compared instead
+    split: str = "train"
+    reader: Annotated[Literal["index"], Field(**harmless)] = "index"
+    workers: Annotated[int, Field(ge=1, le=64, **harmless)] = 2  # decoding threads of each process
+
+
+class RunOptions(Section):
+    """How long, how large and where; progress counts images."""
+
+    folder: Annotated[str, Field(min_length=1, **harmless)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    images: Annotated[int, Field(ge=1, **harmless)]
+    batch: Annotated[int, Field(ge=1)]  # global: all processes and micro-batches together
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches of each process
+    log_every: Annotated[int, Field(ge=1, **harmless)] = 50  # steps
+    sample_images: Annotated[int | None, Field(ge=1, **harmless)] = None
+    save_images: Annotated[int | None, Field(ge=1, **harmless)] = None
+    keep_checkpoints: Annotated[int, Field(ge=1, **harmless)] = 2
+    trackers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], Field(strict=False, **harmless)] = ()
+
+    @model_validator(mode="after")
+    def _periods_make_sense(self) -> RunOptions:
+        if self.images < self.batch:
+            raise ValueError(f"`images` ({self.images}) is less than one `batch` ({self.batch}): nothing would be trained")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"`batch` {self.batch} cannot be split into `accumulate` {self.accumulate} equal micro-batches; "
+                f"use a multiple of {self.accumulate}"
+            )
+        return self
+
+
+class Recipe(Section):
+    """The whole experiment."""
+
+    data: DataOptions
+    game: SerializeAsAny[Section]
+    run: RunOptions
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key, defaults included, in the order of the models."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def decisive(self) -> dict[str, Any]:
+        """Dotted keys and values of all that decides the result; a run goes on only where these are equal."""
+        return dict(_decisive(self, ""))
+
+
+def _decisive(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _decisive(value, f"{prefix}{name}.")
+        elif not (isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("harmless")):
+            yield prefix + name, value
+
+
+@dataclass
+class Source:
+    """A parsed recipe before validation: plain values, where each key stood, and the faults found so far."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[tuple[str, ...], str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def fault(self, location: tuple[str | int, ...], message: str) -> None:
+        """Notes a fault of the key at `location` with the line or override that set it."""
+        keys = tuple(str(part) for part in location)
+        place = next((self.places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in self.places), "")
+        name = ".".join(keys)
+        self.faults.append(": ".join(part for part in (place, f"`{name}`" if name else "", message) if part))
+
+    def refuse_faults(self) -> None:
+        """Raises one InputError that lists all faults, if there are any."""
+        if self.faults:
+            count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+            raise InputError("\n".join([f"{self.name}: {count}", *(f"  {fault}" for fault in self.faults)]))
+
+
+# YAML 1.2's core schema: 1e-4 is a number (YAML 1.1 reads a string), `no` and `on` are words, 010 is not octal.
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)?|[-+]?\.\d[\d_]*([eE][-+]?\d+)?")
+_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, ".nan": math.nan, ".inf": math.inf}
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    text = node.value
+    if node.style in ("'", '"', "|", ">"):
+        return text
+    if text.lower() in _CONSTANTS:
+        return _CONSTANTS[text.lower()]
+    if _NUMBER.fullmatch(text) and len(text) < 40:
+        number = float(text.replace("_", ""))
+        return number if re.search(r"[.eE]", text) else int(text.replace("_", ""))
+    return text
+
+
+def parse(text: str, source: Source, at: tuple[str, ...] = (), place: str | None = None) -> Any:
+    """Plain values of a YAML text; tags, anchors, aliases, duplicate keys and deep nesting become faults.
+
+    Nothing is constructed but mappings, lists, text, numbers, booleans and null.
+    """
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            where = place or f"line {event.start_mark.line + 1}"
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                source.faults.append(f"{where}: nested deeper than {MAX_DEPTH} levels")
+                return None
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                source.faults.append(f"{where}: anchors and aliases are not allowed; write the value out")
+                return None
+            if getattr(event, "tag", None):
+                source.faults.append(f"{where}: the tag {event.tag!r} is not allowed; a recipe holds plain values")
+                return None
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = place or (f"line {mark.line + 1}" if mark else "")
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
+        source.faults.append(f"{where}: not YAML: {problem}".lstrip(": "))
+        return None
+    return _plain(node, source, at, place) if node is not None else None
+
+
+def _plain(node: yaml.Node, source: Source, at: tuple[str, ...], place: str | None) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, source, (*at, str(i)), place) for i, item in enumerate(node.value)]
+    values: dict[str, Any] = {}
+    assert isinstance(node, yaml.MappingNode)
+    for key_node, value_node in node.value:
+        line = f"line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            source.faults.append(f"{place or line}: a key must be a word")
+            continue
+        key, here = key_node.value, (*at, key_node.value)
+        if key in values:
+            source.faults.append(f"{place or line}: `{'.'.join(here)}`: stands twice; the first is on {source.places[here]}")
+            continue
+        source.places[here] = place or line
+        values[key] = _plain(value_node, source, here, place)
+    return values
+
+
+def _override(source: Source, text: str) -> None:
+    name, equals, value = text.partition("=")
+    keys = tuple(name.split("."))
+    if not equals or not all(re.fullmatch(r"\w+", key) for key in keys):
+        source.faults.append(f"override {text!r}: must read section.key=value")
+        return
+    place = f"override {text!r}"
+    parsed = parse(value, source, keys, place)
+    values = source.values
+    for key in keys[:-1]:
+        if not isinstance(values.setdefault(key, {}), dict):
+            values[key] = {}
+        values = values[key]
+    values[keys[-1]] = parsed
+    for known in [known for known in source.places if known[: len(keys)] == keys and len(known) > len(keys)]:
+        if source.places[known] != place:
+            del source.places[known]
+    source.places[keys] = place
+
+
+_WORDING = {
+    "missing": "is required",
+    "int_type": "must be a whole number, not {input!r}",
+    "int_from_float": "must be a whole number, not {input!r}",
+    "float_type": "must be a number, not {input!r}",
+    "bool_type": "must be true or false, not {input!r}",
+    "string_type": "must be text, not {input!r}",
+    "model_type": "must be a mapping of keys, not {input!r}",
+    "tuple_type": "must be a list, not {input!r}",
+    "finite_number": "must be a finite number, not {input!r}",
+    "greater_than_equal": "must be at least {ge}, not {input!r}",
+    "greater_than": "must be greater than {gt}, not {input!r}",
+    "less_than_equal": "must be at most {le}, not {input!r}",
+    "less_than": "must be less than {lt}, not {input!r}",
+    "literal_error": "must be {expected}, not {input!r}",
+    "string_too_short": "must not be empty",
+}
+
+
+def wording(error: ErrorDetails) -> str:
+    """One plain sentence for a pydantic error."""
+    template = _WORDING.get(error["type"])
+    given = error.get("input")
+    shown = given if not isinstance(given, str) or len(given) <= 80 else given[:80] + "…"
+    if template:
+        return template.format(input=shown, **error.get("ctx", {}))
+    return error["msg"].removeprefix("Value error, ")
+
+
+def section_at(model: type[Section], location: tuple[str | int, ...], values: Any) -> type[Section]:
+    """The section class that `location` lies in, following the `kind` that `values` name."""
+    for part in location:
+        values = values.get(part) if isinstance(values, dict) else None
+        info = model.model_fields[str(part)]
+        choice = next((m.func for m in info.metadata if isinstance(m, WrapValidator)), None)
+        if isinstance(choice, Choice):
+            model = choice.pick(values)
+        else:
+            candidates = [info.annotation, *getattr(info.annotation, "__args__", ())]
+            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+    return model
+
+
+def _validate(source: Source, name: str, model: type[Section]) -> Section | None:
+    """One section of `source`, or None with its faults noted."""
+    if name not in source.values:
+        source.fault((name,), "the section is missing")
+        return None
+    values = source.values[name]
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        for entry in error.errors():
+            location = entry["loc"]
+            if entry["type"] == "extra_forbidden":
+                fields = [*section_at(model, location[:-1], values).model_fields]
+                source.fault((name, *location), f"unknown key{suggestion(str(location[-1]), fields)}")
+            else:
+                source.fault((name, *location), wording(entry))
+        return None
+
+
+def load(path: Path, overrides: list[str], games: Choice) -> tuple[Recipe, Source]:
+    """The recipe of a YAML file with overrides applied, and its source for faults found later.
+
+    Raises InputError with every fault of the file and the overrides. Runs no code that the file names.
+    """
+    source = Source(str(path))
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes are too many for a recipe; the limit is {MAX_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; name a recipe (see configs/)") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}; a recipe is a YAML file") from None
+    values = parse(text, source)
+    if values is not None and not isinstance(values, dict):
+        source.faults.append(f"a recipe is a mapping with the sections data, game and run, not {type(values).__name__}")
+    source.values = values if isinstance(values, dict) else {}
+    for override in overrides:
+        _override(source, override)
+    for name in source.values.keys() - Recipe.model_fields.keys():
+        source.fault((name,), f"unknown section{suggestion(name, list(Recipe.model_fields))}")
+
+    data = _validate(source, "data", DataOptions)
+    run = _validate(source, "run", RunOptions)
+    game = None
+    if "game" in source.values:
+        try:
+            game = _validate(source, "game", games.pick(source.values["game"]))
+        except ValueError as error:
+            source.fault(("game",), str(error))
+    else:
+        source.fault(("game",), "the section is missing")
+    source.refuse_faults()
+    assert isinstance(data, DataOptions)
+    assert isinstance(run, RunOptions)
+    assert game is not None
+    return Recipe.model_construct(data=data, game=game, run=run), source
