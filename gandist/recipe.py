@@ -25,6 +25,10 @@ class InputError(ValueError):
     """The user's input is at fault: the command line prints the message alone and exits with 2."""
 
 
+class Failure(RuntimeError):
+    """Something beside the program failed (a disk, a shard, a checkpoint): the command line prints the message, exits 1."""
+
+
 class Section(BaseModel):
     """One mapping of a recipe or a JSON file of ours: frozen, strict, unknown keys refused."""
 

@@ -1,0 +1,1 @@
+"""Shards to batches: pack, index, order, read, decode, stream. Data flows one way, and nothing here knows a game."""

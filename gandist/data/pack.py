@@ -1,0 +1,316 @@
+"""Pack: images as users have them to plain WebDataset shards with their indexes; the same input gives the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import webdataset
+from PIL import Image
+
+from gandist.data.dataset import NAME, Dataset, Indexer, Shard
+from gandist.data.decode import ENCODED, LABEL_SUFFIX, MAX_PIXELS, open_encoded, to_array
+from gandist.recipe import InputError, suggestion
+
+EMBEDDED = {"fashion-mnist": Path(__file__).parent / "embedded" / "fashion-mnist"}
+GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+SHARD_SAMPLES = 4096
+_KNOWN = "IDX files (plain or .gz), NPZ files, and folders of images, whose subfolders become classes"
+
+Item = tuple[str, str, bytes, int | None]  # name, suffix of the image, its bytes, class number
+Split = tuple[int, Callable[[], Iterator[Item]]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A source that has been understood: its splits by name, as counts and readers, and what it is called."""
+
+    record: dict[str, str | int | None]
+    splits: dict[str, Split]
+    names: tuple[str, ...] = ()
+
+
+def _npy(pixels: npt.NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _array_items(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer] | None) -> Split:
+    def read() -> Iterator[Item]:
+        for number, pixels in enumerate(images):
+            yield "", "npy", _npy(pixels), None if labels is None else int(labels[number])
+
+    return len(images), read
+
+
+def _check_arrays(where: str, images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic] | None) -> None:
+    if images.dtype != np.uint8:
+        raise InputError(f"{where}: images are {images.dtype}; uint8 in 0 … 255 is needed")
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise InputError(f"{where}: images have shape {images.shape}; (N, H, W) or (N, H, W, C) is needed")
+    if images.ndim == 4 and images.shape[3] > 16:
+        raise InputError(f"{where}: images have shape {images.shape}: the last axis must be the channels, (N, H, W, C)")
+    if labels is not None:
+        if labels.shape != images.shape[:1]:
+            raise InputError(f"{where}: {labels.shape} labels for {len(images)} images; one whole number each is needed")
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            raise InputError(f"{where}: labels are {labels.dtype} from {labels.min()}; whole numbers from 0 are needed")
+
+
+# ---- IDX, the format of MNIST: big-endian magic (0, 0, type, axes), u32 per axis, then the values
+
+_IDX_IMAGES = re.compile(r"(?P<prefix>.*?)-?images[-.]idx3-ubyte(?P<gz>\.gz)?")
+
+
+def _read_idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
+    def read(stream: BinaryIO) -> npt.NDArray[np.uint8]:
+        head = stream.read(4 + 4 * axes)
+        if head[:4] != bytes([0, 0, 8, axes]) or len(head) != 4 + 4 * axes:
+            raise InputError(f"{path}: not an IDX file of unsigned bytes with {axes} axes: it begins with {head[:4].hex()}")
+        shape = tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
+        size = int(np.prod(shape, dtype=np.int64))
+        data = stream.read(size + 1)  # never more than the head promises, whatever a gzip file would unfold to
+        if len(data) != size:
+            raise InputError(f"{path}: its head promises {shape}, and {'more' if len(data) > size else len(data)} bytes follow")
+        return np.frombuffer(data, np.uint8).reshape(shape)
+
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".gz":
+                with gzip.open(file) as unzipped:
+                    return read(unzipped)  # type: ignore[arg-type]
+            return read(file)
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _idx_split(path: Path) -> Split:
+    labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+    images = _read_idx(path, 3)
+    labels = _read_idx(labels_path, 1) if labels_path.exists() else None
+    _check_arrays(str(path), images, labels)
+    return _array_items(images, labels)
+
+
+def _idx_images(paths: list[Path]) -> Images:
+    splits: dict[str, Split] = {}
+    for path in paths:
+        match = _IDX_IMAGES.fullmatch(path.name)
+        assert match is not None
+        name = {"t10k": "test", "": "train"}.get(match["prefix"], match["prefix"]) if len(paths) > 1 else "train"
+        splits[name] = _idx_split(path)
+    return Images({"kind": "idx"}, splits)
+
+
+# ---- NPZ
+
+_NPZ_IMAGES, _NPZ_LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets", "arr_1")
+
+
+def _npz_images(path: Path) -> Images:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path}: not an NPZ file of plain arrays: {error}") from None
+    splits: dict[str, Split] = {}
+    for split in ("train", "test", "validation", ""):
+        images = next((arrays[n] for name in _NPZ_IMAGES for n in _spelled(name, split) if n in arrays), None)
+        labels = next((arrays[n] for name in _NPZ_LABELS for n in _spelled(name, split) if n in arrays), None)
+        if images is not None and (split or not splits):
+            labels = labels.reshape(-1) if labels is not None else None
+            _check_arrays(f"{path} ({split or 'all'})", images, labels)
+            splits[split or "train"] = _array_items(images, labels)
+    if not splits:
+        raise InputError(
+            f"{path}: no images among its arrays {', '.join(arrays) or '(none)'}; name them `images` and `labels`, "
+            "or `x_train`, `y_train`, `x_test`, `y_test`"
+        )
+    return Images({"kind": "npz"}, splits)
+
+
+def _spelled(name: str, split: str) -> tuple[str, ...]:
+    return (f"{name}_{split}", f"{split}_{name}") if split else (name,)
+
+
+# ---- folders
+
+_SPLITS = {"train": "train", "training": "train", "test": "test", "val": "validation", "validation": "validation"}
+
+
+def _folder_split(folder: Path, files: list[Path], classes: tuple[str, ...]) -> Split:
+    def read() -> Iterator[Item]:
+        for file in files:
+            parts = file.relative_to(folder).parts
+            label = classes.index(parts[0]) if classes else None
+            yield "-".join(parts), file.suffix[1:].lower(), file.read_bytes(), label
+
+    return len(files), read
+
+
+def _folder_images(folder: Path) -> Images:
+    files = sorted(
+        (file for file in folder.rglob("*") if file.suffix[1:].lower() in ENCODED and file.is_file()),
+        key=lambda file: file.relative_to(folder).as_posix(),
+    )
+    if not files:
+        raise InputError(f"{folder}: no images in it; known: {_KNOWN}, with the suffixes {', '.join(ENCODED)}")
+    tops = {file.relative_to(folder).parts[0] for file in files if len(file.relative_to(folder).parts) > 1}
+    roots = {_SPLITS[top]: folder / top for top in sorted(tops) if top in _SPLITS} if tops <= _SPLITS.keys() else {}
+    roots = roots or {"train": folder}
+    members = {name: [file for file in files if root in file.parents] for name, root in roots.items()}
+    found: set[str] = set()
+    loose: list[Path] = []
+    for name, root in roots.items():
+        for file in members[name]:
+            parts = file.relative_to(root).parts
+            found.add(parts[0]) if len(parts) > 1 else loose.append(file)
+    if found and loose:
+        raise InputError(
+            f"{folder}: {len(loose)} images (such as {loose[0].name}) lie beside the class folders "
+            f"{', '.join(sorted(found)[:5])}; put every image into a class folder, or all into one folder"
+        )
+    classes = tuple(sorted(found))
+    splits = {name: _folder_split(root, members[name], classes) for name, root in roots.items()}
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+    return Images({"kind": "folder", "files": len(files), "names_and_sizes": digest.hexdigest()}, splits, classes)
+
+
+def open_source(source: str) -> Images:
+    """Understands `source`; raises InputError that says what is known."""
+    if source.startswith("embedded:"):
+        name = source.removeprefix("embedded:")
+        if name not in EMBEDDED:
+            raise InputError(f"{source}: no such embedded dataset{suggestion(name, list(EMBEDDED))}")
+        found = _idx_images(sorted(EMBEDDED[name].glob("*images*")))
+        return Images({"kind": "idx", "name": name, "licence": "MIT"}, found.splits, GARMENTS)
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"{source}: does not exist; known: {_KNOWN}, and {', '.join('embedded:' + n for n in EMBEDDED)}")
+    if path.is_dir():
+        idx = sorted(file for file in path.iterdir() if _IDX_IMAGES.fullmatch(file.name))
+        return _idx_images(idx) if idx else _folder_images(path)
+    if _IDX_IMAGES.fullmatch(path.name):
+        return _idx_images([path])
+    if path.suffix == ".npz":
+        return _npz_images(path)
+    raise InputError(f"{source}: not a source that is known; known: {_KNOWN}")
+
+
+def _resized(data: bytes, suffix: str, size: int) -> bytes:
+    """The image's central square, at size × size pixels, as .npy."""
+    if suffix == "npy":
+        pixels = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        image = Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+    else:
+        image = open_encoded(data, suffix)
+    upright = Image.fromarray(to_array(image, 1 if image.mode in ("1", "L", "LA") else 3).squeeze())
+    side = min(upright.size)
+    left, top = (upright.width - side) // 2, (upright.height - side) // 2
+    square = upright.crop((left, top, left + side, top + side))
+    return _npy(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)))
+
+
+def _key(number: int, name: str) -> str:
+    """Unique by its number, readable by its name; safe in any tar and with webdataset's rule of the first dot."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name.rpartition(".")[0])[-60:].strip("_-")
+    return f"{number:08d}-{stem}" if stem else f"{number:08d}"
+
+
+def _write_shard(path: Path, items: list[Item], first: int, size: int | None) -> None:
+    aside = path.with_suffix(".tar.tmp")
+    with aside.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+        for number, (name, suffix, data, label) in enumerate(items, first):
+            try:
+                if size is not None:
+                    suffix, data = "npy", _resized(data, suffix, size)
+                elif suffix in ENCODED:
+                    open_encoded(data, suffix)
+            except (ValueError, OSError, SyntaxError) as error:
+                raise InputError(f"{name or f'image {number}'}: {error}") from None
+            sample: dict[str, str | bytes] = {"__key__": _key(number, name), suffix: data}
+            if label is not None:
+                sample[LABEL_SUFFIX] = str(label).encode()
+            tar.write(sample)
+    aside.replace(path)
+
+
+def pack(
+    source: str,
+    out: Path,
+    *,
+    size: int | None = None,
+    shard_samples: int = SHARD_SAMPLES,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[Dataset, bool]:
+    """Writes `source` as a dataset into the folder `out`; returns it, and False where it was there already.
+
+    Images are stored as they are: encoded files untouched, arrays and resized images as .npy. Raises InputError.
+    """
+    if size is not None and not 1 <= size * size <= MAX_PIXELS:
+        raise InputError(f"--size {size}: must be from 1 to {int(MAX_PIXELS**0.5)} pixels")
+    images = open_source(source)
+    record = {**images.record, "size": size, "shard_samples": shard_samples}
+    if (out / NAME).exists():
+        dataset = Dataset(out)
+        counts = {name: sum(s.samples for s in shards) for name, shards in dataset.manifest.splits.items()}
+        if dataset.manifest.source == record and counts == {name: count for name, (count, _) in images.splits.items()}:
+            for split in counts:
+                dataset.check_sizes(split)
+            return dataset, False
+        raise InputError(f"{out}: holds another dataset ({NAME} tells which); choose another folder or delete that one")
+    if out.exists() and (strange := [p.name for p in out.iterdir() if p.suffix not in (".tar", ".idx", ".tmp")]):
+        raise InputError(f"{out}: is not empty: it holds {sorted(strange)[0]!r}; choose an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+
+    indexer = Indexer(out)
+    total = sum(count for count, _ in images.splits.values())
+    done = 0
+    splits: dict[str, tuple[Shard, ...]] = {}
+    for split, (_, read) in images.splits.items():
+        shards: list[Shard] = []
+        items: list[Item] = []
+        first = 0
+
+        def flush(split: str = split, shards: list[Shard] = shards) -> None:
+            nonlocal first, done
+            path = out / f"{split}-{len(shards):06d}.tar"
+            _write_shard(path, items, first, size)
+            shards.append(indexer.add(path))
+            first, done = first + len(items), done + len(items)
+            items.clear()
+            progress(done, total)
+
+        for item in read():
+            items.append(item)
+            if len(items) == shard_samples:
+                flush()
+        if items:
+            flush()
+        splits[split] = tuple(shards)
+    return indexer.finish(splits, record, images.names), True
+
+
+def index(paths: list[Path], *, split: str = "train", progress: Callable[[int], None] = lambda _: None) -> Dataset:
+    """Indexes shards that somebody else wrote, all in one folder, and writes its `dataset.json`; raises InputError."""
+    folders = {path.parent for path in paths}
+    if len(folders) != 1:
+        raise InputError(f"the shards lie in {len(folders)} folders; a dataset is one folder")
+    (folder,) = folders
+    if (folder / NAME).exists():
+        raise InputError(f"{folder / NAME}: exists; delete it to index the folder anew")
+    indexer = Indexer(folder)
+    shards = tuple(indexer.add(path, progress) for path in sorted(paths))
+    return indexer.finish({split: shards}, {"kind": "shards"})
