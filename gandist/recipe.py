@@ -300,10 +300,14 @@ def _validate(source: Source, name: str, model: type[Section]) -> Section | None
         return None
 
 
-def load(path: Path, overrides: list[str], games: Choice) -> tuple[Recipe, Source]:
-    """The recipe of a YAML file with overrides applied, and its source for faults found later.
+Check = Callable[["Source", DataOptions | None, Any, RunOptions | None], None]
 
-    Raises InputError with every fault of the file and the overrides. Runs no code that the file names.
+
+def load(path: Path, overrides: list[str], games: Choice, check: Check) -> Recipe:
+    """The recipe of a YAML file with overrides applied.
+
+    `check` gets the sections that are sound, None for the others, and notes what contradicts the data or the machine.
+    Raises InputError with every fault of the file and the overrides at once. Runs no code that the file names.
     """
     source = Source(str(path))
     try:
@@ -315,26 +319,28 @@ def load(path: Path, overrides: list[str], games: Choice) -> tuple[Recipe, Sourc
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}; a recipe is a YAML file") from None
     values = parse(text, source)
-    if values is not None and not isinstance(values, dict):
-        source.faults.append(f"a recipe is a mapping with the sections data, game and run, not {type(values).__name__}")
-    source.values = values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        if not source.faults:
+            source.faults.append("a recipe is a mapping with the sections data, game and run")
+        source.refuse_faults()
+    source.values = values
     for override in overrides:
         _override(source, override)
-    for name in source.values.keys() - Recipe.model_fields.keys():
+    for name in [name for name in source.values if name not in Recipe.model_fields]:
         source.fault((name,), f"unknown section{suggestion(name, list(Recipe.model_fields))}")
 
     data = _validate(source, "data", DataOptions)
-    run = _validate(source, "run", RunOptions)
     game = None
-    if "game" in source.values:
-        try:
-            game = _validate(source, "game", games.pick(source.values["game"]))
-        except ValueError as error:
-            source.fault(("game",), str(error))
-    else:
-        source.fault(("game",), "the section is missing")
+    try:
+        game = _validate(source, "game", games.pick(source.values.get("game", {})))
+    except ValueError as error:
+        source.fault(("game",), str(error) if "game" in source.values else "the section is missing")
+    run = _validate(source, "run", RunOptions)
+    assert isinstance(data, DataOptions | None)
+    assert isinstance(run, RunOptions | None)
+    check(source, data, game, run)
     source.refuse_faults()
-    assert isinstance(data, DataOptions)
-    assert isinstance(run, RunOptions)
+    assert data is not None
     assert game is not None
-    return Recipe.model_construct(data=data, game=game, run=run), source
+    assert run is not None
+    return Recipe.model_construct(data=data, game=game, run=run)

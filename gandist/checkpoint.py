@@ -1,0 +1,250 @@
+"""Checkpoints: folders of safetensors and JSON, written aside, synced, renamed, re-read; no pickle, ever."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from gandist.data.dataset import Count, Hex, Spec
+from gandist.recipe import Failure, InputError, Section, wording
+
+MANIFEST, STATE = "manifest.json", "state.json"
+_FOLDER = re.compile(r"images_(\d{9,})")
+_MAX_JSON = 4 << 20
+_MAX_HEADER = 16 << 20
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(safetensors|json)$")]
+
+Kind = TypeVar("Kind", bound=Section)
+Files = dict[str, dict[str, Tensor]]  # tensors by file name (without suffix) and name
+
+
+class FileRecord(Section):
+    """What a file of a checkpoint must be."""
+
+    bytes: Count
+    sha256: Hex
+
+
+class Manifest(Section):
+    """The contents of `manifest.json`: every other file of the folder."""
+
+    gandist_checkpoint: Literal[1] = 1
+    files: dict[FileName, FileRecord]
+
+
+class State(Section):
+    """The contents of `state.json`: all of a run that is no tensor."""
+
+    step: Annotated[int, Field(ge=0)]
+    images: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+    run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,32}$")]
+    dataset: Hex
+    precision: Literal["fp32", "bf16", "fp16"]
+    ranks: Count
+    spec: Spec
+    recipe: dict[str, Any]
+    decisive: dict[str, Any]
+    players: dict[str, dict[str, float | int]]
+    versions: dict[str, str]
+
+
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as they come back from JSON, so that old and new ones compare: tuples become lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, data: bytes) -> FileRecord:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses channels-last strides; `copy_` at load brings them back
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def save(root: Path, state: State, files: Files, keep: int) -> Path:
+    """Writes the checkpoint of `state.images` into `root`, verifies it, and then removes all but the newest `keep`.
+
+    Raises Failure when a tensor is not finite, so that no checkpoint ever holds a NaN, and OSError when the disk fails;
+    older checkpoints are untouched in both cases.
+    """
+    final = root / f"images_{state.images:09d}"
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".images_*.tmp"):
+        shutil.rmtree(leftover)
+    if final.exists():
+        try:
+            Checkpoint(final)
+            return final
+        except Failure:
+            shutil.rmtree(final)
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise Failure(f"{file}: `{name}` is not finite after {state.images} images; no checkpoint is written of it")
+    aside = root / f".{final.name}.tmp"
+    aside.mkdir()
+    try:
+        records = {f"{name}.safetensors": _write(aside / f"{name}.safetensors", safetensors.torch.save(_plain(tensors)))
+                   for name, tensors in files.items()}  # fmt: skip
+        records[STATE] = _write(aside / STATE, state.model_dump_json(indent=1).encode())
+        _write(aside / MANIFEST, Manifest(files=records).model_dump_json(indent=1).encode())
+        _sync(aside)
+        aside.rename(final)
+        _sync(root)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    Checkpoint(final)
+    for old in folders(root)[keep:]:
+        if old != final:
+            shutil.rmtree(old)
+    return final
+
+
+def folders(root: Path) -> list[Path]:
+    """The checkpoint folders of `root` by name alone, newest first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if _FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("images_")), reverse=True)
+
+
+def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones did not."""
+    faults = []
+    for folder in folders(root):
+        try:
+            return Checkpoint(folder), faults
+        except Failure as fault:
+            faults.append(str(fault))
+    return None, faults
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the newest valid one of the run at `path`; raises InputError or Failure."""
+    if (path / MANIFEST).exists() or _FOLDER.fullmatch(path.name):
+        return Checkpoint(path)
+    found, faults = newest(path / "checkpoints")
+    if found is None:
+        if faults:
+            raise Failure("\n".join(["no checkpoint verifies:", *faults]))
+        raise InputError(f"{path}: no checkpoint in it; name a run folder or one of its checkpoints/images_…")
+    return found
+
+
+class Checkpoint:
+    """A checkpoint folder whose every file has been compared with its manifest; raises Failure naming the first fault."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        raw = self._read(MANIFEST, None)
+        self.digest = hashlib.sha256(raw).hexdigest()
+        self.files = self._parse(Manifest, MANIFEST, raw).files
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in {*self.files, MANIFEST} and path.name[0] != ".")
+        if strange:
+            raise Failure(f"{folder / strange[0]}: not in the manifest")
+        for name, record in self.files.items():
+            if name != STATE:
+                self._read(name, record)
+        if STATE not in self.files:
+            raise Failure(f"{folder}: its manifest names no {STATE}")
+        self.state = self._parse(State, STATE, self._read(STATE, self.files[STATE]))
+
+    def _read(self, name: str, record: FileRecord | None) -> bytes:
+        path = self.folder / name
+        try:
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise Failure(f"{path}: not a plain file")
+            if record is not None and status.st_size != record.bytes:
+                raise Failure(f"{path}: {status.st_size} bytes, and the manifest says {record.bytes}")
+            if name.endswith(".json") and status.st_size > _MAX_JSON:
+                raise Failure(f"{path}: {status.st_size} bytes are too many; the limit is {_MAX_JSON}")
+            data = path.read_bytes()
+        except OSError as error:
+            raise Failure(f"{path}: cannot be read: {error.strerror}") from None
+        if record is not None and hashlib.sha256(data).hexdigest() != record.sha256:
+            raise Failure(f"{path}: damaged: its SHA-256 is not the manifest's")
+        return data
+
+    def _parse(self, kind: type[Kind], name: str, raw: bytes) -> Kind:
+        try:
+            return kind.model_validate_json(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Failure(f"{self.folder / name}: `{'.'.join(map(str, first['loc']))}`: {wording(first)}") from None
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, from the very bytes whose digest was compared."""
+        file = f"{name}.safetensors"
+        if file not in self.files:
+            raise Failure(f"{self.folder / file}: not in the checkpoint")
+        data = self._read(file, self.files[file])
+        _check_header(self.folder / file, data)
+        try:
+            return safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise Failure(f"{self.folder / file}: not a safetensors file: {error}") from None
+
+    def restore(self, name: str, into: dict[str, Tensor]) -> None:
+        """Copies a file's tensors into `into`, which must have exactly these names, shapes and dtypes."""
+        found = self.tensors(name)
+        where = self.folder / f"{name}.safetensors"
+        if found.keys() != into.keys():
+            missing, strange = sorted(into.keys() - found.keys()), sorted(found.keys() - into.keys())
+            raise Failure(f"{where}: lacks {missing[:3]} and has {strange[:3]} that the network does not: another architecture")
+        for key, tensor in into.items():
+            if found[key].shape != tensor.shape or found[key].dtype != tensor.dtype:
+                raise Failure(
+                    f"{where}: `{key}` is {found[key].dtype} {tuple(found[key].shape)}, and the network has "
+                    f"{tensor.dtype} {tuple(tensor.shape)}"
+                )
+        with torch.no_grad():
+            for key, tensor in into.items():
+                tensor.copy_(found[key])
+
+
+def _check_header(path: Path, data: bytes) -> None:
+    """Bounds on the header before safetensors parses it: it takes the last of duplicate keys, and any length."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) != len(pairs):
+            raise ValueError("a name stands twice in its header")
+        return dict(pairs)
+
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
+        raise Failure(f"{path}: not a safetensors file: its header would have {length} bytes")
+    try:
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=once)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a mapping")
+    except (ValueError, RecursionError) as error:
+        raise Failure(f"{path}: not a safetensors file: {error}") from None

@@ -1,0 +1,223 @@
+"""What the launcher was told and what it did: processes, device, precision, and the agreement to stop."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.launch import launch_command_parser
+
+from gandist.recipe import Failure, InputError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_PLUGINS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+_PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+def ranks() -> int:
+    """How many processes the launcher started, read from its environment before any of them has joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this one is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def told() -> dict[str, Any]:
+    """What the user set for `mixed_precision` and `num_processes`, on `accelerate launch` or in its config file.
+
+    Accelerate hands its default `no` on as if it had been chosen, so the command line of the launcher is read instead.
+    """
+    for process in psutil.Process().parents():
+        try:
+            line = process.cmdline()
+        except psutil.Error:
+            continue
+        names = [Path(word).name for word in line]
+        if "accelerate-launch" in names:
+            words = line[names.index("accelerate-launch") + 1 :]
+        elif "accelerate" in names and names[names.index("accelerate") + 1 :][:1] == ["launch"]:
+            words = line[names.index("accelerate") + 2 :]
+        else:
+            continue
+        arguments = vars(launch_command_parser().parse_known_args(words)[0])
+        settings: dict[str, Any] = {}
+        file = Path(arguments["config_file"] or default_config_file)
+        if file.is_file() and not arguments["cpu"]:
+            loaded = yaml.safe_load(file.read_text()) or {}
+            settings = {"mixed_precision": loaded.get("mixed_precision"), "num_processes": loaded.get("num_processes")}
+        for name in ("mixed_precision", "num_processes"):
+            settings[name] = arguments[name] if arguments[name] is not None else settings.get(name)
+        return {name: value for name, value in settings.items() if value is not None}
+    return {}
+
+
+def bf16_in_hardware(device: torch.device) -> bool:
+    """Whether bf16 products are computed by the device itself; emulated ones took 45 times as long as fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def choose_precision(wanted: str, device: torch.device, settings: dict[str, Any]) -> tuple[Precision, str]:
+    """The precision and the reason; raises InputError where recipe and launcher contradict each other."""
+    chosen = str(settings.get("mixed_precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))).lower()
+    if chosen not in _PRECISIONS:
+        raise InputError(f"accelerate's mixed_precision {chosen!r} is not served; use one of {', '.join(_PRECISIONS)}")
+    explicit = "mixed_precision" in settings or chosen != "no"
+    if wanted != "auto":
+        if explicit and _PRECISIONS[chosen] != wanted:
+            raise InputError(
+                f"`run.precision`: {wanted} contradicts mixed_precision {chosen!r} given to accelerate; "
+                "leave one of them out, or write `auto`"
+            )
+        return wanted, "as the recipe says"  # type: ignore[return-value]
+    if explicit:
+        return _PRECISIONS[chosen], f"as accelerate was told (mixed_precision {chosen})"
+    if bf16_in_hardware(device):
+        return "bf16", "the hardware computes in bf16"
+    return "fp32", "the hardware does not compute in bf16"
+
+
+def refuse_plugins() -> None:
+    """Raises InputError for what Accelerate was told to use and gandist does not serve."""
+    for variable, name in _PLUGINS.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise InputError(f"accelerate was told to use {name}, which gandist does not serve; use `--multi_gpu` (DDP)")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if backend.upper() != "NO":
+        raise InputError(f"accelerate was told to use the dynamo backend {backend}, which gandist does not serve; leave it out")
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run, as one of them sees them."""
+
+    device: torch.device
+    rank: int
+    ranks: int
+    precision: Precision
+    reason: str
+    control: Any = None  # a gloo group for decisions, so that no decision waits for a GPU
+
+    @classmethod
+    def join(cls, precision: str, accumulate: int = 1) -> World:
+        """Joins the processes that the launcher started; raises InputError where it did not do as told."""
+        refuse_plugins()
+        settings = told()
+        accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+        if accumulation not in (1, accumulate):
+            raise InputError(f"`run.accumulate`: {accumulate} contradicts accelerate's gradient accumulation of {accumulation}")
+        _stop_when_the_launcher_dies()
+        # Without `cpu=True` a machine without accelerator gets separate single processes, and nobody says so.
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+        count = accelerator.num_processes
+        wanted = max(ranks(), int(settings.get("num_processes", 1)))
+        if count != wanted:
+            raise InputError(
+                f"accelerate was told to start {wanted} processes, and {count} runs; "
+                "on a machine without GPU, too, that takes `accelerate launch --multi_gpu --num_processes N` (not --cpu)"
+            )
+        chosen, reason = choose_precision(precision, accelerator.device, settings)
+        if accelerator.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+        control = dist.new_group(backend="gloo") if count > 1 else None
+        return cls(accelerator.device, accelerator.process_index, count, chosen, reason, control)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def lead(self, act: Callable[[], int]) -> int:
+        """Rank 0 acts; every rank gets its number, or fails with it."""
+        error: Exception | None = None
+        answer = torch.zeros(2, dtype=torch.int64)
+        if self.leads:
+            try:
+                answer[1] = act()
+            except Exception as caught:  # noqa: BLE001 - raised again below, once the other ranks know
+                error = caught
+                answer[0] = 2 if isinstance(caught, InputError) else 1
+        if self.ranks > 1:
+            dist.broadcast(answer, 0, group=self.control)
+        if error is not None:
+            raise error
+        if answer[0]:
+            raise (InputError if answer[0] == 2 else Failure)("rank 0 refused; its message says why")
+        return int(answer[1])
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any rank."""
+        flag = torch.tensor(int(here))
+        if self.ranks > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
+        return bool(flag)
+
+    def leave(self) -> None:
+        """Ends the process group, where there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Stop:
+    """A request to stop. The handlers set a flag and do nothing else; the ranks agree on it between two steps.
+
+    SIGTERM and SIGUSR1 are what clusters send before they take a machine away; the first Ctrl-C counts as well.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world, self.requested = world, False
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_once)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def _note_once(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; all ranks get the same answer."""
+        return self.world.any(self.requested)
+
+    def close(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def _stop_when_the_launcher_dies() -> None:
+    """Linux: a launcher that is killed takes its ranks along by SIGTERM, so that they save instead of living on alone."""
+    try:
+        line = " ".join(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        return
+    if sys.platform == "linux" and ("accelerate" in line or "torchrun" in line or "torch.distributed" in line):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)

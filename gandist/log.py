@@ -1,0 +1,222 @@
+"""Log: JSONL is the record, trackers are mirrors that may fail, the progress bar is for the eyes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+VIEW = 512  # pixels of a grid's side that small images are magnified to, by whole factors
+QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+class Meter:
+    """Means of values since they were last read; they stay on the device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds detached scalars."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means over steps and ranks, which every rank must ask for; starts anew."""
+        if not self._sums:
+            return {}
+        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
+        if dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        read = dict(zip(self._sums, means.tolist(), strict=True))
+        self._sums, self._counts = {}, {}
+        return read
+
+
+def grid(images: Tensor, columns: int | None = None) -> npt.NDArray[np.uint8]:
+    """(H, W, C) picture of images (N, C, H, W) in −1 … 1, in rows of `columns`, small ones magnified."""
+    count, channels, height, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    empty = images.new_full((rows * columns - count, *images.shape[1:]), -1)
+    pixels = torch.cat([images, empty]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    factor = max(1, VIEW // (height * max(rows, columns)))
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    if channels not in (1, 3):
+        pixels = pixels[:, :1]
+    return rearrange(pixels, "(r c) k h w -> (r h) (c w) k", c=columns).cpu().numpy()
+
+
+def save_png(picture: npt.NDArray[np.uint8], path: Path) -> None:
+    """Writes an (H, W, 1 or 3) picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(path)
+
+
+class Tracker(Protocol):
+    """Where rows and pictures are mirrored to."""
+
+    def row(self, values: dict[str, float]) -> None: ...
+
+    def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Wandb:
+    """Weights & Biases, with images as the axis. Offline unless a mode or a key is set, which is decided before it starts."""
+
+    def __init__(self, folder: Path, run_id: str, config: dict[str, Any]) -> None:
+        import os
+
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "gandist"),
+            name=folder.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            dir=str(folder),
+            config=config,
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        self._run.define_metric("images")
+        self._run.define_metric("*", step_metric="images")
+
+    def row(self, values: dict[str, float]) -> None:
+        self._run.log(values)
+
+    def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> None:
+        self._run.log({name: self._wandb.Image(picture.squeeze()), "images": images})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard event files in the run's folder, with images as the step."""
+
+    def __init__(self, folder: Path, run_id: str, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("recipe", "```\n" + json.dumps(config, indent=1) + "\n```")
+
+    def row(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, int(values["images"]))
+
+    def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> None:
+        self._writer.add_image(name, picture, images, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+TRACKERS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard}
+
+
+class Log:
+    """The record of a run, on rank 0: `log.jsonl`, one JSON object a line, and its mirrors."""
+
+    def __init__(self, folder: Path, run_id: str, trackers: tuple[str, ...], config: dict[str, Any]) -> None:
+        self.folder = folder
+        self._file: IO[str] = (folder / "log.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._trackers: dict[str, Tracker] = {}
+        for name in trackers:
+            self._mirror(name, lambda name=name: self._trackers.update({name: TRACKERS[name](folder, run_id, config)}))
+
+    def _mirror(self, name: str, act: Callable[[], object]) -> None:
+        """A tracker that fails costs its mirror, a line on the screen and a row of the record, never the run."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - whatever a third party's service raises
+            self._trackers.pop(name, None)
+            self.event("tracker_failed", tracker=name, error=f"{type(error).__name__}: {error}")
+            print(f"gandist: {name} failed and is left out from here on: {error}", file=sys.stderr)
+
+    def event(self, name: str, **values: Any) -> None:
+        """A row that is no measurement: a start, a checkpoint, a failure."""
+        self._file.write(json.dumps({"event": name, **values}) + "\n")
+
+    def row(self, values: dict[str, float]) -> None:
+        """A row of measurements; `images` is its place."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        for name, tracker in list(self._trackers.items()):
+            self._mirror(name, lambda tracker=tracker: tracker.row(values))
+
+    def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> Path:
+        """Writes `NAME/images_….png` and mirrors it."""
+        path = self.folder / name / f"images_{images:09d}.png"
+        save_png(picture, path)
+        for key, tracker in list(self._trackers.items()):
+            self._mirror(key, lambda tracker=tracker: tracker.picture(name, picture, images))
+        return path
+
+    def close(self) -> None:
+        """Closes the mirrors and the record."""
+        for name, tracker in list(self._trackers.items()):
+            self._mirror(name, tracker.close)
+        self._file.close()
+
+
+class Bar:
+    """Images done, images a second and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, done: int, shown: bool) -> None:
+        self._shown, self._total = shown, total
+        self._said = self._began = time.monotonic()
+        self._first = done
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}% · {task.fields[speed]} images/s ·"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left"),
+            console=self._console,
+            disable=not (shown and self._console.is_terminal),
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("", total=total, completed=done, speed="–")
+
+    def update(self, done: int) -> None:
+        """Moves to `done` images."""
+        now = time.monotonic()
+        speed = (done - self._first) / max(now - self._began, 1e-9)
+        self._progress.update(self._task, completed=min(done, self._total), speed=f"{speed:,.0f}")
+        if self._shown and not self._console.is_terminal and now - self._said >= QUIET_SECONDS:
+            self._said = now
+            left = max(0, self._total - done) / max(speed, 1e-9)
+            self.say(f"{done:,}/{self._total:,} images · {speed:,.0f} images/s · {left / 60:.1f} min left")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._shown:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._progress.stop()

@@ -1,0 +1,50 @@
+"""What a trained generator is for: images from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gandist import checkpoint
+from gandist.game import GAMES, Game
+from gandist.log import grid, save_png
+from gandist.player import Player
+from gandist.recipe import Failure
+
+
+def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, dict[str, Player]]:
+    """The game and its players with the weights of a checkpoint; needs no dataset."""
+    try:
+        game = GAMES.pick(found.state.recipe.get("game")).model_validate(found.state.recipe.get("game"))
+    except ValueError as error:
+        raise Failure(f"{found.folder}: its recipe is not one of this version: {error}") from None
+    assert isinstance(game, Game)
+    players = {}
+    for name, side in game.sides(found.state.spec).items():
+        player = players[name] = Player(name, side.build(), side.options, device=device, precision=found.state.precision)
+        for part, tensors in player.tensors().items():
+            if part != "optimizer":
+                found.restore(f"{name}.{part}" if part else name, tensors)
+    return game, players
+
+
+def sample(found: checkpoint.Checkpoint, count: int, seed: int, device: torch.device) -> Tensor:
+    """(count, C, H, W) images in −1 … 1 of the average generator, the same for the same seed and checkpoint."""
+    game, players = restored(found, device)
+    return game.samples(players, count, seed)
+
+
+def write_images(images: Tensor, out: Path, single: bool) -> list[Path]:
+    """Writes one grid, or each image as a PNG of its own size."""
+    if not single:
+        path = out / "grid.png"
+        save_png(grid(images), path)
+        return [path]
+    paths = []
+    for number, image in enumerate(images):
+        paths.append(out / f"{number:06d}.png")
+        pixels = image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        save_png(pixels, paths[-1])
+    return paths

@@ -1,0 +1,342 @@
+"""The loop, which knows no game; and the run around it: what is written, when, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gandist import checkpoint
+from gandist.data.dataset import Dataset
+from gandist.data.stream import Stream
+from gandist.game import GAMES, Clock, Game, Phase, draws
+from gandist.launcher import Stop, World, ranks
+from gandist.log import Bar, Log, Meter, grid
+from gandist.player import Player
+from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Source, load
+from gandist.seeding import derive
+
+DONE, STOPPED = 0, 75
+SAMPLES = 64
+MAX_SKIPPED = 100  # turns in a row without a finite gradient: the game is lost
+MAX_FAILED_SAVES = 3
+
+
+def contradictions(source: Source, data: DataOptions | None, game: Any, run: RunOptions | None) -> None:
+    """Notes what a recipe's sections contradict in each other, in the data, and in the number of processes."""
+    spec = None
+    if data is not None:
+        try:
+            dataset = Dataset(Path(data.path))
+            spec = dataset.spec(data.split)
+            dataset.check_sizes(data.split)
+        except InputError as error:
+            source.fault(("data", "path"), str(error))
+    if spec is not None and isinstance(game, Game):
+        for location, message in game.faults(spec):
+            source.fault(("game", *location), message)
+    if run is not None:
+        parts = ranks() * run.accumulate
+        if run.batch % parts:
+            source.fault(
+                ("run", "batch"),
+                f"{run.batch} images cannot be split over {ranks()} processes with {run.accumulate} micro-batches each; "
+                f"use a multiple of {parts}",
+            )
+        if spec is not None and run.batch > spec.samples:
+            source.fault(("run", "batch"), f"{run.batch} is more than the {spec.samples} samples of the split")
+
+
+def read_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """A recipe that fits its data and the processes at hand; raises InputError with all faults at once."""
+    return load(path, overrides, GAMES, contradictions)
+
+
+def make_players(recipe: Recipe, dataset: Dataset, device: torch.device, precision: Any) -> dict[str, Player]:
+    """The players with their initial weights, which depend on the seed and each player's name alone."""
+    assert isinstance(recipe.game, Game)
+    players = {}
+    for name, side in recipe.game.sides(dataset.spec(recipe.data.split)).items():
+        torch.manual_seed(derive(recipe.run.seed, f"weights/{name}"))
+        players[name] = Player(name, side.build(), side.options, device=device, precision=precision)
+    return players
+
+
+class Run:
+    """A run: its players, stream, clock and folder. Only rank 0 touches the folder."""
+
+    def __init__(self, recipe: Recipe, world: World, init_from: Path | None = None) -> None:
+        assert isinstance(recipe.game, Game)
+        self.recipe, self.world, self.game = recipe, world, recipe.game
+        self.phases = self.game.phases()
+        self.folder = Path(recipe.run.folder)
+        self.dataset = Dataset(Path(recipe.data.path))
+        self.clock = Clock(recipe.run.batch, recipe.run.images)
+        self.decisive = recipe.decisive() | {"data": self.dataset.digest, "run.precision": world.precision}
+        self.run_id = f"{derive(recipe.run.seed, 'run', time.time_ns()):016x}"
+        self.found: checkpoint.Checkpoint | None = None
+        self.warnings: list[str] = []
+        self.seconds = 0.0
+        resuming = world.lead(lambda: self._open_folder(init_from))
+        self.players = make_players(recipe, self.dataset, world.device, world.precision)
+        if resuming:
+            self._resume()
+        elif init_from is not None:
+            self._start_from(init_from)
+        self.resumed_step = self.clock.step if resuming else -1
+        self.stream = Stream(
+            self.dataset, recipe.data.split, parts=self.game.parts, batch=recipe.run.batch, seed=recipe.run.seed,
+            device=world.device, rank=world.rank, ranks=world.ranks, accumulate=recipe.run.accumulate,
+            workers=recipe.data.workers,
+        )  # fmt: skip
+        self.meter = Meter()
+        self.failed_saves = 0
+        self._log: Log | None = None
+        if world.leads:
+            (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            self._log = Log(self.folder, self.run_id, recipe.run.trackers, recipe.model_dump(mode="json"))
+            self._log.event("resume" if resuming else "start", images=self.clock.images, run_id=self.run_id,
+                            ranks=world.ranks, device=str(world.device), precision=world.precision, **versions())  # fmt: skip
+        self.bar = Bar(recipe.run.images, self.clock.images, world.leads)
+        self._greet(resuming)
+        self._mark = (time.monotonic(), self.clock.step, 0.0)
+
+    # ---- starting
+
+    def _open_folder(self, init_from: Path | None) -> int:
+        """Takes the folder for this run; 1 where there is a checkpoint to go on from."""
+        checkpoints = self.folder / "checkpoints"
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "recipe.yaml").exists():
+            raise InputError(f"`run.folder`: {self.folder} is not empty and holds no run; name another folder")
+        self.found, self.warnings = checkpoint.newest(checkpoints)
+        if self.found is None and self.warnings:
+            raise InputError("\n".join([
+                f"{checkpoints}: no checkpoint verifies, so the run cannot go on:", *(f"  {w}" for w in self.warnings),
+                "  restore one of them, or name another `run.folder` to start anew"]))  # fmt: skip
+        if self.found is not None:
+            if init_from is not None:
+                raise InputError(f"{self.folder}: has a run already, and --init-from starts a new one; name another `run.folder`")
+            self._refuse_changes(self.found.state)
+            self.run_id, self.seconds = self.found.state.run_id, self.found.state.seconds
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.folder}: another process is training there; wait for it, or name another `run.folder`") from None
+        return int(self.found is not None)
+
+    def _refuse_changes(self, state: checkpoint.State) -> None:
+        now = checkpoint.as_json(self.decisive)
+        changes = [
+            f"  `{key}`: {state.decisive.get(key, '(absent)')} → {now.get(key, '(absent)')}"
+            for key in sorted(now.keys() | state.decisive.keys())
+            if now.get(key) != state.decisive.get(key)
+        ]
+        if changes:
+            raise InputError("\n".join([
+                f"{self.folder}: was begun with another recipe, and going on would change its result:", *changes,
+                f"  go on with the old values, or start a new run from its weights: run.folder=NEW --init-from {self.folder}",
+            ]))  # fmt: skip
+
+    def _files(self) -> checkpoint.Files:
+        return {
+            f"{name}.{part}" if part else name: tensors
+            for name, player in self.players.items()
+            for part, tensors in player.tensors().items()
+        }
+
+    def _share(self, files: checkpoint.Files) -> None:
+        """Gives every rank what rank 0 has read."""
+        if self.world.ranks > 1:
+            for tensors in files.values():
+                for tensor in tensors.values():
+                    dist.broadcast(tensor, 0)
+
+    def _resume(self) -> None:
+        files = self._files()
+        found = self.found
+
+        def restore() -> int:
+            assert found is not None
+            for name, tensors in files.items():
+                found.restore(name, tensors)
+            return found.state.step
+
+        self.clock.step = self.world.lead(restore)
+        self._share(files)
+        for name, player in self.players.items():
+            numbers = found.state.players[name] if found is not None else player.numbers()
+            values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+            if self.world.ranks > 1:
+                dist.broadcast(values, 0, group=self.world.control)
+            player.load_numbers({key: type(old)(new) for (key, old), new in zip(numbers.items(), values.tolist(), strict=True)})
+
+    def _start_from(self, path: Path) -> None:
+        """Old weights, new everything else; the EMA starts from the old average, or from the weights."""
+        files = {name: tensors for name, tensors in self._files().items() if not name.endswith(".optimizer")}
+
+        def restore() -> int:
+            found = checkpoint.find(path)
+            for name, tensors in files.items():
+                plain = name.removesuffix(".ema")
+                found.restore(name if f"{name}.safetensors" in found.files else plain, tensors)
+            return 0
+
+        self.world.lead(restore)
+        self._share(files)
+
+    def _greet(self, resuming: bool) -> None:
+        say = self.bar.say
+        for warning in self.warnings:
+            say(f"skipped a checkpoint: {warning}")
+        if resuming:
+            say(f"going on at {self.clock.images:,} images from {self.found.folder}" if self.found else "")
+        where = "1 process" if self.world.ranks == 1 else f"{self.world.ranks} processes"
+        say(f"{self.folder}: {where} on {self.world.device.type}, {self.world.precision} ({self.world.reason})")
+
+    # ---- while it runs
+
+    def upkeep(self, last: bool) -> None:
+        """Logs, samples and saves what is due; comes before the step, so that the last step needs no code of its own."""
+        clock, options = self.clock, self.recipe.run
+        self.bar.update(clock.images)
+        if clock.step == self.resumed_step:
+            return  # all this was done before the stop
+        if clock.step and (last or clock.step % options.log_every == 0):
+            self._write_row()
+        if clock.passed(options.sample_images) or (clock.done and options.sample_images is not None):
+            self._sample()
+        if last or (clock.step and clock.passed(options.save_images)):
+            self._save(last)
+
+    def _write_row(self) -> None:
+        values = self.meter.read()
+        for name, player in self.players.items():
+            values[f"skipped/{name}"] = float(player.skipped)
+            if float(player.skipped_in_a_row) >= MAX_SKIPPED:
+                raise Failure(
+                    f"{name}: no finite gradient in {MAX_SKIPPED} steps up to {self.clock.images} images: training has diverged; "
+                    f"the checkpoints in {self.folder / 'checkpoints'} are from before; lower the learning rate or clip_norm"
+                )
+        now, (then, step, waited) = time.monotonic(), self._mark
+        seconds = max(now - then, 1e-9)
+        self.seconds += seconds
+        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else _resident_bytes()
+        row = {
+            "step": self.clock.step,
+            "images": self.clock.images,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": (self.clock.step - step) * self.clock.batch / seconds,
+            "data_wait_fraction": (self.stream.waited - waited) / seconds,
+            "memory_bytes": memory,
+            **values,
+        }
+        self._mark = (now, self.clock.step, self.stream.waited)
+        if self._log:
+            self._log.row(row)
+
+    def _sample(self) -> None:
+        if self._log:
+            made = self.game.samples(self.players, SAMPLES, self.recipe.run.seed)
+            self._log.picture("samples", grid(made), self.clock.images)
+
+    def _save(self, last: bool) -> None:
+        """Rank 0 writes; a disk that fails costs one checkpoint, unless it is the last or fails again and again."""
+
+        def write() -> int:
+            state = checkpoint.State(
+                step=self.clock.step, images=self.clock.images, seconds=self.seconds, run_id=self.run_id,
+                dataset=self.dataset.digest, precision=self.world.precision, ranks=self.world.ranks,
+                spec=self.dataset.spec(self.recipe.data.split), recipe=self.recipe.model_dump(mode="json"),
+                decisive=checkpoint.as_json(self.decisive), versions=versions(),
+                players={name: player.numbers() for name, player in self.players.items()},
+            )  # fmt: skip
+            assert self._log is not None
+            try:
+                folder = checkpoint.save(self.folder / "checkpoints", state, self._files(), self.recipe.run.keep_checkpoints)
+            except OSError as error:
+                self.failed_saves += 1
+                self._log.event("checkpoint_failed", images=self.clock.images, error=str(error))
+                self.bar.say(f"checkpoint at {self.clock.images:,} images failed: {error}; older ones are untouched")
+                if last or self.failed_saves == MAX_FAILED_SAVES:
+                    raise Failure(f"{self.folder}: {self.failed_saves} checkpoints in a row could not be written: {error}") from error
+                return 0
+            self.failed_saves = 0
+            self._log.event("checkpoint", images=self.clock.images, folder=folder.name)
+            return 0
+
+        self.world.lead(write)
+
+    def close(self) -> None:
+        """Ends threads, log and bar."""
+        self.bar.close()
+        self.stream.close()
+        if self._log:
+            self._log.close()
+
+
+def step(run: Run, phases: tuple[Phase, ...]) -> None:
+    """One step of the clock: every phase whose turn it is, each repeat with its own draw."""
+    clock, players = run.clock, run.players
+    accumulate = run.recipe.run.accumulate
+    for phase, numbers in zip(phases, draws(phases, clock.step), strict=True):
+        if not phase.when(clock):
+            continue
+        player = players[phase.player]
+        for draw in numbers:
+            torch.manual_seed(derive(run.recipe.run.seed, f"hidden/{phase.player}", draw, run.world.rank))
+            with player.turn(clock.images, clock.batch, accumulate) as turn:
+                for batch in turn.accumulate(run.stream.read(draw)):
+                    loss, values = phase.loss(players, batch, clock)
+                    turn.backward(loss)
+                    run.meter.add(values)
+            run.meter.add({f"grad_norm/{player.name}": turn.norm})
+
+
+def train(recipe: Recipe, world: World, init_from: Path | None = None) -> int:
+    """Trains or goes on; 0 when all images were counted, 75 when it was asked to stop and has saved."""
+    stop = Stop(world)
+    with running(recipe, world, init_from) as run:
+        while True:
+            stopping = stop.agreed()
+            run.upkeep(last=run.clock.done or stopping)
+            if run.clock.done or stopping:
+                break
+            step(run, run.phases)
+            run.clock.advance()
+        if not run.clock.done:
+            run.bar.say(f"stopped at {run.clock.images:,} images on request; the same command goes on from here")
+    stop.close()
+    return DONE if run.clock.done else STOPPED
+
+
+@contextmanager
+def running(recipe: Recipe, world: World, init_from: Path | None = None) -> Iterator[Run]:
+    """A run that is closed in any case."""
+    run = Run(recipe, world, init_from)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def versions() -> dict[str, str]:
+    """What the result was computed with."""
+    names = ("gandist", "torch", "accelerate", "safetensors", "webdataset", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _resident_bytes() -> int:
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
