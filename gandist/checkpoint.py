@@ -107,12 +107,16 @@ def save(root: Path, state: State, files: Files, keep: int) -> Path:
     for file, tensors in files.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise Failure(f"{file}: `{name}` is not finite after {state.images} images; no checkpoint is written of it")
+                raise Failure(
+                    f"{file}: `{name}` is not finite after {state.images} images; no checkpoint is written of it"
+                )
     aside = root / f".{final.name}.tmp"
     aside.mkdir()
     try:
-        records = {f"{name}.safetensors": _write(aside / f"{name}.safetensors", safetensors.torch.save(_plain(tensors)))
-                   for name, tensors in files.items()}  # fmt: skip
+        records = {
+            f"{name}.safetensors": _write(aside / f"{name}.safetensors", safetensors.torch.save(_plain(tensors)))
+            for name, tensors in files.items()
+        }
         records[STATE] = _write(aside / STATE, state.model_dump_json(indent=1).encode())
         _write(aside / MANIFEST, Manifest(files=records).model_dump_json(indent=1).encode())
         _sync(aside)
@@ -138,7 +142,7 @@ def folders(root: Path) -> list[Path]:
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones did not."""
-    faults = []
+    faults: list[str] = []
     for folder in folders(root):
         try:
             return Checkpoint(folder), faults
@@ -167,7 +171,9 @@ class Checkpoint:
         raw = self._read(MANIFEST, None)
         self.digest = hashlib.sha256(raw).hexdigest()
         self.files = self._parse(Manifest, MANIFEST, raw).files
-        strange = sorted(path.name for path in folder.iterdir() if path.name not in {*self.files, MANIFEST} and path.name[0] != ".")
+        strange = sorted(
+            path.name for path in folder.iterdir() if path.name not in {*self.files, MANIFEST} and path.name[0] != "."
+        )
         if strange:
             raise Failure(f"{folder / strange[0]}: not in the manifest")
         for name, record in self.files.items():
@@ -219,7 +225,9 @@ class Checkpoint:
         where = self.folder / f"{name}.safetensors"
         if found.keys() != into.keys():
             missing, strange = sorted(into.keys() - found.keys()), sorted(found.keys() - into.keys())
-            raise Failure(f"{where}: lacks {missing[:3]} and has {strange[:3]} that the network does not: another architecture")
+            raise Failure(
+                f"{where}: lacks {missing[:3]} and has {strange[:3]} that the network does not: another architecture"
+            )
         for key, tensor in into.items():
             if found[key].shape != tensor.shape or found[key].dtype != tensor.dtype:
                 raise Failure(

@@ -28,7 +28,12 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or o
 
 def _bar(what: str) -> Progress:
     return Progress(
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
     )
 
 
@@ -48,7 +53,10 @@ def _describe_dataset(dataset: Any) -> None:
     _table(
         [
             ("dataset", str(dataset.folder)),
-            *((f"split {n}", f"{sum(s.samples for s in shards):,} samples in {len(shards)} shards") for n, shards in manifest.splits.items()),
+            *(
+                (f"split {n}", f"{sum(s.samples for s in shards):,} samples in {len(shards)} shards")
+                for n, shards in manifest.splits.items()
+            ),
             ("images", f"{size}, {image.channels} channel{'s' * (image.channels > 1)}"),
             ("classes", f"{label.classes} {', '.join(label.names)}".strip() if label else "none"),
             ("digest", dataset.digest),
@@ -58,9 +66,13 @@ def _describe_dataset(dataset: Any) -> None:
 
 @app.command()
 def pack(
-    source: Annotated[str, typer.Argument(help="a folder of images or of IDX files, an IDX or NPZ file, or embedded:fashion-mnist")],
+    source: Annotated[
+        str, typer.Argument(help="a folder of images or of IDX files, an IDX or NPZ file, or embedded:fashion-mnist")
+    ],
     out: Annotated[Path, typer.Argument(help="the dataset folder to make")],
-    size: Annotated[int | None, typer.Option(help="cut out the central square and resize it to SIZE pixels a side")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="cut out the central square and resize it to SIZE pixels a side")
+    ] = None,
     shard_samples: Annotated[int, typer.Option(min=1, help="samples of a shard")] = 4096,
 ) -> None:
     """Turn images into shards with an index; the same input gives the same bytes."""
@@ -69,7 +81,11 @@ def pack(
     with _bar("packing") as bar:
         task = bar.add_task("", total=None)
         dataset, made = packing.pack(
-            source, out, size=size, shard_samples=shard_samples, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            source,
+            out,
+            size=size,
+            shard_samples=shard_samples,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if not made:
         print(f"{out}: packed already from the same source; nothing to do")
@@ -83,7 +99,9 @@ def pack(
 
 @app.command()
 def index(
-    shards: Annotated[list[Path], typer.Argument(metavar="SHARDS…", help="tar files of one folder, written by anybody")],
+    shards: Annotated[
+        list[Path], typer.Argument(metavar="SHARDS…", help="tar files of one folder, written by anybody")
+    ],
     split: Annotated[str, typer.Option(help="the split that they are")] = "train",
 ) -> None:
     """Index WebDataset shards that somebody else wrote, and describe them as a dataset."""
@@ -105,7 +123,9 @@ def verify(path: Annotated[Path, typer.Argument(help="a dataset folder, a run fo
         try:
             dataset = Dataset(path)
             with _bar("verifying") as bar:
-                task = bar.add_task("", total=sum(s.samples for shards in dataset.manifest.splits.values() for s in shards))
+                task = bar.add_task(
+                    "", total=sum(s.samples for shards in dataset.manifest.splits.values() for s in shards)
+                )
                 dataset.verify(lambda done: bar.advance(task, done))
         except InputError as error:
             raise Failure(str(error)) from None
@@ -143,15 +163,21 @@ def describe(recipe: RecipeFile, overrides: Overrides = None) -> None:
     players = sides(loaded, spec)
     steps = -(-loaded.run.images // loaded.run.batch)
     rows = [
-        (name, f"{p.parameters:,} parameters, {p.forward_flops / 1e6:,.1f} MFLOP forward an image, {p.state_bytes / 2**20:,.1f} MiB of weights, gradients and averages")
+        (
+            name,
+            f"{p.parameters:,} parameters, {p.forward_flops / 1e6:,.1f} MFLOP forward an image, {p.state_bytes / 2**20:,.1f} MiB of weights, gradients and averages",
+        )
         for name, p in players.items()
-    ]  # fmt: skip
+    ]
     _table(
         [
             *rows,
             ("data", f"{spec.samples:,} samples, each seen {steps * loaded.run.batch / spec.samples:,.1f} times"),
             ("steps", f"{steps:,} of {loaded.run.batch} images"),
-            ("state", f"{sum(p.state_bytes for p in players.values()) / 2**20:,.1f} MiB on each process, activations apart"),
+            (
+                "state",
+                f"{sum(p.state_bytes for p in players.values()) / 2**20:,.1f} MiB on each process, activations apart",
+            ),
         ]
     )
 
@@ -176,7 +202,9 @@ def inspect(
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    init_from: Annotated[Path | None, typer.Option(help="start a new run from the weights of this run or checkpoint")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="start a new run from the weights of this run or checkpoint")
+    ] = None,
 ) -> None:
     """Train, or go on: the same command resumes from the newest valid checkpoint."""
     from gandist.launcher import World

@@ -26,9 +26,14 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
     dataset = Dataset(Path(recipe.data.path))
     shown: list[torch.Tensor] = []
     stream = Stream(
-        dataset, recipe.data.split, parts=("image",), batch=recipe.run.batch, seed=recipe.run.seed,
-        device=torch.device("cpu"), workers=recipe.data.workers,
-    )  # fmt: skip
+        dataset,
+        recipe.data.split,
+        parts=("image",),
+        batch=recipe.run.batch,
+        seed=recipe.run.seed,
+        device=torch.device("cpu"),
+        workers=recipe.data.workers,
+    )
     share = recipe.run.batch // world_size
     try:
         for draw in range(int(match[1]), int(match[2])):

@@ -77,7 +77,7 @@ def bf16_in_hardware(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
 
 
@@ -105,10 +105,14 @@ def refuse_plugins() -> None:
     """Raises InputError for what Accelerate was told to use and gandist does not serve."""
     for variable, name in _PLUGINS.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise InputError(f"accelerate was told to use {name}, which gandist does not serve; use `--multi_gpu` (DDP)")
+            raise InputError(
+                f"accelerate was told to use {name}, which gandist does not serve; use `--multi_gpu` (DDP)"
+            )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if backend.upper() != "NO":
-        raise InputError(f"accelerate was told to use the dynamo backend {backend}, which gandist does not serve; leave it out")
+        raise InputError(
+            f"accelerate was told to use the dynamo backend {backend}, which gandist does not serve; leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ class World:
         settings = told()
         accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
         if accumulation not in (1, accumulate):
-            raise InputError(f"`run.accumulate`: {accumulate} contradicts accelerate's gradient accumulation of {accumulation}")
+            raise InputError(
+                f"`run.accumulate`: {accumulate} contradicts accelerate's gradient accumulation of {accumulation}"
+            )
         _stop_when_the_launcher_dies()
         # Without `cpu=True` a machine without accelerator gets separate single processes, and nobody says so.
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")

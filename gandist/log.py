@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -145,7 +146,10 @@ class Log:
         self._file: IO[str] = (folder / "log.jsonl").open("a", buffering=1, encoding="utf-8")
         self._trackers: dict[str, Tracker] = {}
         for name in trackers:
-            self._mirror(name, lambda name=name: self._trackers.update({name: TRACKERS[name](folder, run_id, config)}))
+            self._mirror(name, partial(self._start, name, run_id, config))
+
+    def _start(self, name: str, run_id: str, config: dict[str, Any]) -> None:
+        self._trackers[name] = TRACKERS[name](self.folder, run_id, config)
 
     def _mirror(self, name: str, act: Callable[[], object]) -> None:
         """A tracker that fails costs its mirror, a line on the screen and a row of the record, never the run."""
@@ -165,14 +169,14 @@ class Log:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(finite) + "\n")
         for name, tracker in list(self._trackers.items()):
-            self._mirror(name, lambda tracker=tracker: tracker.row(values))
+            self._mirror(name, partial(tracker.row, values))
 
     def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> Path:
         """Writes `NAME/images_….png` and mirrors it."""
         path = self.folder / name / f"images_{images:09d}.png"
         save_png(picture, path)
         for key, tracker in list(self._trackers.items()):
-            self._mirror(key, lambda tracker=tracker: tracker.picture(name, picture, images))
+            self._mirror(key, partial(tracker.picture, name, picture, images))
         return path
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,13 @@ from gandist.recipe import Section
 Item = TypeVar("Item")
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Images = Annotated[int, Field(ge=1)]
+
+# Otherwise every forward sends rank 0's statistics and overwrites the other ranks' own. torch 2.13 renamed the switch.
+_KEEP_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +52,9 @@ class ScheduleOptions(Section):
     @model_validator(mode="after")
     def _has_an_end(self) -> ScheduleOptions:
         if self.kind == "constant" and (self.until_images is not None or self.final):
-            raise ValueError("`until_images` and `final` have no effect on a `constant` schedule; use `linear` or `cosine`")
+            raise ValueError(
+                "`until_images` and `final` have no effect on a `constant` schedule; use `linear` or `cosine`"
+            )
         if self.kind != "constant" and self.until_images is None:
             raise ValueError(f"a `{self.kind}` schedule needs `until_images`, where it reaches `final`")
         if self.until_images is not None and self.until_images <= self.warmup_images:
@@ -76,7 +86,7 @@ class EmaOptions(Section):
         half_life = float(self.half_life_images)
         if self.ramp_up is not None:
             half_life = min(half_life, images * self.ramp_up)
-        return 0.5 ** (batch / max(half_life, 1e-8))
+        return float(0.5 ** (batch / max(half_life, 1e-8)))
 
 
 class PlayerOptions(Section):
@@ -112,9 +122,8 @@ class Player:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.ema = copy.deepcopy(self.module).eval().requires_grad_(False) if options.ema else None
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        # broadcast_buffers=False: otherwise every forward sends rank 0's statistics and overwrites the other ranks' own.
         self.wrapped = (
-            DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallel(self.module, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
             if self.ranks > 1
             else self.module
         )
@@ -126,7 +135,9 @@ class Player:
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, fused=True
         )
-        for parameter in self.parameters:  # what Adam would make at its first step: here, so that a checkpoint can fill it
+        for (
+            parameter
+        ) in self.parameters:  # what Adam would make at its first step: here, so that a checkpoint can fill it
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -187,7 +198,7 @@ class Player:
         """Steps unless a gradient is not finite; returns the norm before clipping. The device is never waited for."""
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         bad = (~torch.isfinite(norm)).float()
         if self.options.clip_norm is not None:
             torch._foreach_mul_(gradients, (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -209,7 +220,7 @@ class Player:
             flat = torch.cat([buffer.flatten() for buffer in self._buffers])
             dist.all_reduce(flat)
             flat /= self.ranks
-            parts = flat.split([buffer.numel() for buffer in self._buffers])
+            parts = torch.split(flat, [buffer.numel() for buffer in self._buffers])
             torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])
 
     @torch.no_grad()
@@ -220,8 +231,8 @@ class Player:
         averages, values = list(self.ema.parameters()), list(self.module.parameters())
         for average, value in zip(self.ema.buffers(), self.module.buffers(), strict=True):
             if value.is_floating_point():
-                averages.append(average)  # type: ignore[arg-type]
-                values.append(value)  # type: ignore[arg-type]
+                averages.append(average)
+                values.append(value)
             else:
                 average.copy_(value)
         torch._foreach_lerp_(averages, values, weight)
@@ -278,11 +289,11 @@ class Turn:
             wrapped = self.player.wrapped
             local = self.left > 1 and isinstance(wrapped, DistributedDataParallel)
             left = self.left
-            with wrapped.no_sync() if local else nullcontext():  # type: ignore[operator, union-attr]
+            with wrapped.no_sync() if local else nullcontext():
                 yield batch
             assert self.left == left - 1, f"{self.player.name}: a micro-batch needs exactly one backward"
 
     def backward(self, loss: Tensor) -> None:
         """The gradient of `loss`, a mean over the rows of one micro-batch."""
         self.left -= 1
-        self.player.scaler.scale(loss / self.micro_batches).backward()
+        self.player.scaler.scale(loss / self.micro_batches).backward()  # type: ignore[no-untyped-call]

@@ -94,7 +94,9 @@ class RunOptions(Section):
     @model_validator(mode="after")
     def _periods_make_sense(self) -> RunOptions:
         if self.images < self.batch:
-            raise ValueError(f"`images` ({self.images}) is less than one `batch` ({self.batch}): nothing would be trained")
+            raise ValueError(
+                f"`images` ({self.images}) is less than one `batch` ({self.batch}): nothing would be trained"
+            )
         if self.batch % self.accumulate:
             raise ValueError(
                 f"`batch` {self.batch} cannot be split into `accumulate` {self.accumulate} equal micro-batches; "
@@ -168,6 +170,10 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     return text
 
 
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 0
+
+
 def parse(text: str, source: Source, at: tuple[str, ...] = (), place: str | None = None) -> Any:
     """Plain values of a YAML text; tags, anchors, aliases, duplicate keys and deep nesting become faults.
 
@@ -176,7 +182,7 @@ def parse(text: str, source: Source, at: tuple[str, ...] = (), place: str | None
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            where = place or f"line {event.start_mark.line + 1}"
+            where = place or f"line {_line(event)}"
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 source.faults.append(f"{where}: nested deeper than {MAX_DEPTH} levels")
@@ -184,8 +190,9 @@ def parse(text: str, source: Source, at: tuple[str, ...] = (), place: str | None
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 source.faults.append(f"{where}: anchors and aliases are not allowed; write the value out")
                 return None
-            if getattr(event, "tag", None):
-                source.faults.append(f"{where}: the tag {event.tag!r} is not allowed; a recipe holds plain values")
+            tag = getattr(event, "tag", None)
+            if tag:
+                source.faults.append(f"{where}: the tag {tag!r} is not allowed; a recipe holds plain values")
                 return None
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -211,7 +218,9 @@ def _plain(node: yaml.Node, source: Source, at: tuple[str, ...], place: str | No
             continue
         key, here = key_node.value, (*at, key_node.value)
         if key in values:
-            source.faults.append(f"{place or line}: `{'.'.join(here)}`: stands twice; the first is on {source.places[here]}")
+            source.faults.append(
+                f"{place or line}: `{'.'.join(here)}`: stands twice; the first is on {source.places[here]}"
+            )
             continue
         source.places[here] = place or line
         values[key] = _plain(value_node, source, here, place)

@@ -23,7 +23,9 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
     assert isinstance(game, Game)
     players = {}
     for name, side in game.sides(found.state.spec).items():
-        player = players[name] = Player(name, side.build(), side.options, device=device, precision=found.state.precision)
+        player = players[name] = Player(
+            name, side.build(), side.options, device=device, precision=found.state.precision
+        )
         for part, tensors in player.tensors().items():
             if part != "optimizer":
                 found.restore(f"{name}.{part}" if part else name, tensors)

@@ -94,20 +94,34 @@ class Run:
             self._start_from(init_from)
         self.resumed_step = self.clock.step if resuming else -1
         self.stream = Stream(
-            self.dataset, recipe.data.split, parts=self.game.parts, batch=recipe.run.batch, seed=recipe.run.seed,
-            device=world.device, rank=world.rank, ranks=world.ranks, accumulate=recipe.run.accumulate,
+            self.dataset,
+            recipe.data.split,
+            parts=self.game.parts,
+            batch=recipe.run.batch,
+            seed=recipe.run.seed,
+            device=world.device,
+            rank=world.rank,
+            ranks=world.ranks,
+            accumulate=recipe.run.accumulate,
             workers=recipe.data.workers,
-        )  # fmt: skip
+        )
         self.meter = Meter()
         self.failed_saves = 0
         self._log: Log | None = None
         if world.leads:
             (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             self._log = Log(self.folder, self.run_id, recipe.run.trackers, recipe.model_dump(mode="json"))
-            self._log.event("resume" if resuming else "start", images=self.clock.images, run_id=self.run_id,
-                            ranks=world.ranks, device=str(world.device), precision=world.precision, **versions())  # fmt: skip
+            self._log.event(
+                "resume" if resuming else "start",
+                images=self.clock.images,
+                run_id=self.run_id,
+                ranks=world.ranks,
+                device=str(world.device),
+                precision=world.precision,
+                **versions(),
+            )
         self.bar = Bar(recipe.run.images, self.clock.images, world.leads)
-        self._greet(resuming)
+        self._greet(bool(resuming))
         self._mark = (time.monotonic(), self.clock.step, 0.0)
 
     # ---- starting
@@ -119,12 +133,20 @@ class Run:
             raise InputError(f"`run.folder`: {self.folder} is not empty and holds no run; name another folder")
         self.found, self.warnings = checkpoint.newest(checkpoints)
         if self.found is None and self.warnings:
-            raise InputError("\n".join([
-                f"{checkpoints}: no checkpoint verifies, so the run cannot go on:", *(f"  {w}" for w in self.warnings),
-                "  restore one of them, or name another `run.folder` to start anew"]))  # fmt: skip
+            raise InputError(
+                "\n".join(
+                    [
+                        f"{checkpoints}: no checkpoint verifies, so the run cannot go on:",
+                        *(f"  {w}" for w in self.warnings),
+                        "  restore one of them, or name another `run.folder` to start anew",
+                    ]
+                )
+            )
         if self.found is not None:
             if init_from is not None:
-                raise InputError(f"{self.folder}: has a run already, and --init-from starts a new one; name another `run.folder`")
+                raise InputError(
+                    f"{self.folder}: has a run already, and --init-from starts a new one; name another `run.folder`"
+                )
             self._refuse_changes(self.found.state)
             self.run_id, self.seconds = self.found.state.run_id, self.found.state.seconds
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +154,9 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{self.folder}: another process is training there; wait for it, or name another `run.folder`") from None
+            raise InputError(
+                f"{self.folder}: another process is training there; wait for it, or name another `run.folder`"
+            ) from None
         return int(self.found is not None)
 
     def _refuse_changes(self, state: checkpoint.State) -> None:
@@ -143,10 +167,15 @@ class Run:
             if now.get(key) != state.decisive.get(key)
         ]
         if changes:
-            raise InputError("\n".join([
-                f"{self.folder}: was begun with another recipe, and going on would change its result:", *changes,
-                f"  go on with the old values, or start a new run from its weights: run.folder=NEW --init-from {self.folder}",
-            ]))  # fmt: skip
+            raise InputError(
+                "\n".join(
+                    [
+                        f"{self.folder}: was begun with another recipe, and going on would change its result:",
+                        *changes,
+                        f"  go on with the old values, or start a new run from its weights: run.folder=NEW --init-from {self.folder}",
+                    ]
+                )
+            )
 
     def _files(self) -> checkpoint.Files:
         return {
@@ -179,7 +208,9 @@ class Run:
             values = torch.tensor(list(numbers.values()), dtype=torch.float64)
             if self.world.ranks > 1:
                 dist.broadcast(values, 0, group=self.world.control)
-            player.load_numbers({key: type(old)(new) for (key, old), new in zip(numbers.items(), values.tolist(), strict=True)})
+            player.load_numbers(
+                {key: type(old)(new) for (key, old), new in zip(numbers.items(), values.tolist(), strict=True)}
+            )
 
     def _start_from(self, path: Path) -> None:
         """Old weights, new everything else; the EMA starts from the old average, or from the weights."""
@@ -255,21 +286,32 @@ class Run:
 
         def write() -> int:
             state = checkpoint.State(
-                step=self.clock.step, images=self.clock.images, seconds=self.seconds, run_id=self.run_id,
-                dataset=self.dataset.digest, precision=self.world.precision, ranks=self.world.ranks,
-                spec=self.dataset.spec(self.recipe.data.split), recipe=self.recipe.model_dump(mode="json"),
-                decisive=checkpoint.as_json(self.decisive), versions=versions(),
+                step=self.clock.step,
+                images=self.clock.images,
+                seconds=self.seconds,
+                run_id=self.run_id,
+                dataset=self.dataset.digest,
+                precision=self.world.precision,
+                ranks=self.world.ranks,
+                spec=self.dataset.spec(self.recipe.data.split),
+                recipe=self.recipe.model_dump(mode="json"),
+                decisive=checkpoint.as_json(self.decisive),
+                versions=versions(),
                 players={name: player.numbers() for name, player in self.players.items()},
-            )  # fmt: skip
+            )
             assert self._log is not None
             try:
-                folder = checkpoint.save(self.folder / "checkpoints", state, self._files(), self.recipe.run.keep_checkpoints)
+                folder = checkpoint.save(
+                    self.folder / "checkpoints", state, self._files(), self.recipe.run.keep_checkpoints
+                )
             except OSError as error:
                 self.failed_saves += 1
                 self._log.event("checkpoint_failed", images=self.clock.images, error=str(error))
                 self.bar.say(f"checkpoint at {self.clock.images:,} images failed: {error}; older ones are untouched")
                 if last or self.failed_saves == MAX_FAILED_SAVES:
-                    raise Failure(f"{self.folder}: {self.failed_saves} checkpoints in a row could not be written: {error}") from error
+                    raise Failure(
+                        f"{self.folder}: {self.failed_saves} checkpoints in a row could not be written: {error}"
+                    ) from error
                 return 0
             self.failed_saves = 0
             self._log.event("checkpoint", images=self.clock.images, folder=folder.name)
@@ -339,4 +381,3 @@ def versions() -> dict[str, str]:
 def _resident_bytes() -> int:
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-

@@ -120,7 +120,9 @@ class Dataset:
             except OSError as error:
                 raise InputError(f"{path}: {error.strerror}; `{NAME}` names it") from None
             if found != shard.bytes:
-                raise InputError(f"{path}: {found} bytes, and `{NAME}` says {shard.bytes}: the shard was replaced or cut off")
+                raise InputError(
+                    f"{path}: {found} bytes, and `{NAME}` says {shard.bytes}: the shard was replaced or cut off"
+                )
             if not index_path(path).exists():
                 raise InputError(f"{index_path(path)}: missing; make it with `gandist index`")
 
@@ -133,7 +135,9 @@ class Dataset:
                 for file, expected in ((path, shard.digest), (index_path(path), shard.index_digest)):
                     found = file_digest(file)
                     if found != expected:
-                        raise Failure(f"{file}: damaged: its digest is {found[:16]}…, and `{NAME}` says {expected[:16]}…")
+                        raise Failure(
+                            f"{file}: damaged: its digest is {found[:16]}…, and `{NAME}` says {expected[:16]}…"
+                        )
                 progress(shard.samples)
         return self.digest
 

@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,10 @@ def scan(shard: Path) -> Iterator[Sample]:
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise refuse(member.offset, f"{member.name!r} is not a plain file; links, devices and sparse files are refused")
+                    raise refuse(
+                        member.offset,
+                        f"{member.name!r} is not a plain file; links, devices and sparse files are refused",
+                    )
                 match = _NAME.fullmatch(member.name)
                 if match is None:
                     raise refuse(member.offset, f"{member.name!r} has no suffix; members are named KEY.SUFFIX")
@@ -83,7 +87,9 @@ def scan(shard: Path) -> Iterator[Sample]:
                     if current is not None:
                         yield current
                     if key in seen:
-                        raise refuse(member.offset, f"the key {key!r} stands twice; the members of a sample must lie together")
+                        raise refuse(
+                            member.offset, f"the key {key!r} stands twice; the members of a sample must lie together"
+                        )
                     seen.add(key)
                     current = Sample(key, member.offset, {})
                 if suffix in current.members:
@@ -124,7 +130,9 @@ class ShardIndex:
         """From (offset, {suffix: (offset of data, size, digest)}) per sample."""
         suffixes = tuple(sorted({suffix for _, members in samples for suffix in members}))
         if len(suffixes) > MAX_SUFFIXES:
-            raise InputError(f"{len(suffixes)} different suffixes; at most {MAX_SUFFIXES} are indexed: {', '.join(suffixes)}")
+            raise InputError(
+                f"{len(suffixes)} different suffixes; at most {MAX_SUFFIXES} are indexed: {', '.join(suffixes)}"
+            )
         shape = (len(suffixes), len(samples))
         offset = np.array([offset for offset, _ in samples], dtype="<u8")
         digests, start = np.zeros(shape, dtype="<u8"), np.zeros(shape, dtype="<u4")
@@ -157,7 +165,7 @@ class ShardIndex:
             position = _HEAD.size + table_bytes
             if len(suffixes) != columns or len(data) != position + count * (8 + 16 * columns):
                 raise ValueError("its length is not what its head says")
-            arrays = []
+            arrays: list[npt.NDArray[Any]] = []
             for kind, rows in (("<u8", 1), ("<u8", columns), ("<u4", columns), ("<u4", columns)):
                 array = np.frombuffer(data, kind, count * rows, position)
                 arrays.append(array if len(arrays) == 0 else array.reshape(rows, count))

@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,7 +63,9 @@ def _check_arrays(where: str, images: npt.NDArray[np.generic], labels: npt.NDArr
         raise InputError(f"{where}: images have shape {images.shape}: the last axis must be the channels, (N, H, W, C)")
     if labels is not None:
         if labels.shape != images.shape[:1]:
-            raise InputError(f"{where}: {labels.shape} labels for {len(images)} images; one whole number each is needed")
+            raise InputError(
+                f"{where}: {labels.shape} labels for {len(images)} images; one whole number each is needed"
+            )
         if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
             raise InputError(f"{where}: labels are {labels.dtype} from {labels.min()}; whole numbers from 0 are needed")
 
@@ -76,12 +79,16 @@ def _read_idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
     def read(stream: BinaryIO) -> npt.NDArray[np.uint8]:
         head = stream.read(4 + 4 * axes)
         if head[:4] != bytes([0, 0, 8, axes]) or len(head) != 4 + 4 * axes:
-            raise InputError(f"{path}: not an IDX file of unsigned bytes with {axes} axes: it begins with {head[:4].hex()}")
+            raise InputError(
+                f"{path}: not an IDX file of unsigned bytes with {axes} axes: it begins with {head[:4].hex()}"
+            )
         shape = tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
         size = int(np.prod(shape, dtype=np.int64))
         data = stream.read(size + 1)  # never more than the head promises, whatever a gzip file would unfold to
         if len(data) != size:
-            raise InputError(f"{path}: its head promises {shape}, and {'more' if len(data) > size else len(data)} bytes follow")
+            raise InputError(
+                f"{path}: its head promises {shape}, and {'more' if len(data) > size else len(data)} bytes follow"
+            )
         return np.frombuffer(data, np.uint8).reshape(shape)
 
     try:
@@ -198,7 +205,9 @@ def open_source(source: str) -> Images:
         return Images({"kind": "idx", "name": name, "licence": "MIT"}, found.splits, GARMENTS)
     path = Path(source)
     if not path.exists():
-        raise InputError(f"{source}: does not exist; known: {_KNOWN}, and {', '.join('embedded:' + n for n in EMBEDDED)}")
+        raise InputError(
+            f"{source}: does not exist; known: {_KNOWN}, and {', '.join('embedded:' + n for n in EMBEDDED)}"
+        )
     if path.is_dir():
         idx = sorted(file for file in path.iterdir() if _IDX_IMAGES.fullmatch(file.name))
         return _idx_images(idx) if idx else _folder_images(path)
@@ -281,24 +290,13 @@ def pack(
     splits: dict[str, tuple[Shard, ...]] = {}
     for split, (_, read) in images.splits.items():
         shards: list[Shard] = []
-        items: list[Item] = []
-        first = 0
-
-        def flush(split: str = split, shards: list[Shard] = shards) -> None:
-            nonlocal first, done
+        first, items = 0, read()
+        while chunk := list(islice(items, shard_samples)):
             path = out / f"{split}-{len(shards):06d}.tar"
-            _write_shard(path, items, first, size)
+            _write_shard(path, chunk, first, size)
             shards.append(indexer.add(path))
-            first, done = first + len(items), done + len(items)
-            items.clear()
+            first, done = first + len(chunk), done + len(chunk)
             progress(done, total)
-
-        for item in read():
-            items.append(item)
-            if len(items) == shard_samples:
-                flush()
-        if items:
-            flush()
         splits[split] = tuple(shards)
     return indexer.finish(splits, record, images.names), True
 

@@ -87,7 +87,11 @@ class Reader:
         shard, place = self._locate(number)
         index = self.indexes[shard]
         offset = int(index.offset[place])
-        length = int(min(start for start, size in zip(index.start[:, place], index.size[:, place], strict=True) if size != ABSENT))
+        length = int(
+            min(
+                start for start, size in zip(index.start[:, place], index.size[:, place], strict=True) if size != ABSENT
+            )
+        )
         header = self._read(shard, offset, length)
         name = tarfile.TarInfo.frombuf(header[-512:], "utf-8", "replace").name
         folder, slash, file = name.rpartition("/")

@@ -79,7 +79,8 @@ class Stream:
     def numbers(self, draw: int, rows: range | None = None) -> list[int]:
         """The sample numbers of a draw, of this process's rows or of any others."""
         rows = self.rows if rows is None else rows
-        return order.samples(draw, rows, batch=self.batch, length=len(self.reader), seed=self.seed).tolist()
+        found = order.samples(draw, rows, batch=self.batch, length=len(self.reader), seed=self.seed)
+        return [int(number) for number in found]
 
     def load(self, draw: int) -> dict[str, Tensor]:
         """The parts of a draw as the disk has them: image (B, H, W, C) uint8, label (B,) int64; in page-locked memory for a GPU."""
