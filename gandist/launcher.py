@@ -75,7 +75,7 @@ def told() -> dict[str, Any]:
 def bf16_in_hardware(device: torch.device) -> bool:
     """Whether bf16 products are computed by the device itself; emulated ones took 45 times as long as fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False

@@ -150,7 +150,9 @@ class Source:
         """Raises one InputError that lists all faults, if there are any."""
         if self.faults:
             count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-            raise InputError("\n".join([f"{self.name}: {count}", *(f"  {fault}" for fault in self.faults)]))
+            lines = [re.match(r"line (\d+)", fault) for fault in self.faults]
+            order = sorted(range(len(lines)), key=lambda i: int(m[1]) if (m := lines[i]) else len(lines) + MAX_BYTES)
+            raise InputError("\n".join([f"{self.name}: {count}", *(f"  {self.faults[i]}" for i in order)]))
 
 
 # YAML 1.2's core schema: 1e-4 is a number (YAML 1.1 reads a string), `no` and `on` are words, 010 is not octal.

@@ -1,0 +1,152 @@
+"""Real data and real processes for the tests: the embedded garments, `gandist` as users start it, and two gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gandist.cli import main
+from gandist.data.pack import pack
+
+ROOT = Path(__file__).parent.parent
+
+# A process of a test gets one thread: two ranks share two cores, and the sums of a layer stay in one order.
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_", "GANDIST_"))},
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "PYTHONUNBUFFERED": "1",
+}
+
+TINY = """\
+data:
+  path: {data}
+game:
+  kind: gan
+  noise: 8
+  generator:
+    network: {generator}
+    ema: {{half_life_images: 500}}
+  discriminator:
+    network: {discriminator}
+run:
+  folder: {folder}
+  images: {images}
+  batch: 16
+  log_every: 2
+"""
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded garments, packed; not to be written to."""
+    folder = tmp_path_factory.mktemp("data") / "fashion"
+    pack("embedded:fashion-mnist", folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(fashion: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small recipe and returns its path."""
+
+    def write(
+        name: str = "run",
+        *,
+        images: int = 160,
+        generator: str = "{kind: mlp, width: 32}",
+        discriminator: str = "{kind: mlp, width: 32}",
+        data: Path | None = None,
+    ) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        values = {"generator": generator, "discriminator": discriminator, "images": images}
+        path.write_text(TINY.format(data=data or fashion, folder=tmp_path / name, **values))
+        return path
+
+    return write
+
+
+class Result:
+    """How a command line ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def gandist(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a verb in this process, from its argument vector to its exit code."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["gandist", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leave:
+            main()
+        captured = capfd.readouterr()
+        return Result(int(leave.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def command(*arguments: object, ranks: int = 1) -> list[str]:
+    """`gandist …`, or `accelerate launch … -m gandist …` as a user would start it on a machine without GPU."""
+    words = [sys.executable, "-m", "gandist"]
+    if ranks > 1:
+        words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+        words += ["--num_machines", "1", "--num_processes", str(ranks), "--main_process_port", "0", "-m", "gandist"]
+    return [*words, *map(str, arguments)]
+
+
+def start(*arguments: object, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own."""
+    return subprocess.Popen(
+        command(*arguments, ranks=ranks), env={**ENVIRONMENT, **environment}, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(*arguments: object, ranks: int = 1, timeout: float = 120, **environment: str) -> Result:
+    """Runs a command to its end; one that hangs is killed and fails."""
+    process = start(*arguments, ranks=ranks, **environment)
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Result(process.returncode, out, out)
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """The measurements of a run's record."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "event" not in line]
+
+
+def wait_for_images(folder: Path, images: int, process: subprocess.Popen[str], timeout: float = 90) -> None:
+    """Waits until a run's record has come to `images`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if (folder / "log.jsonl").exists() and any(row["images"] >= images for row in rows(folder)):
+            return
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.02)
+    raise AssertionError(f"{folder} did not come to {images} images in {timeout} s")
+
+
+def tensor_files(checkpoint: Path) -> dict[str, bytes]:
+    """Every tensor file of a checkpoint: weights, averages and moments."""
+    found = {path.name: path.read_bytes() for path in sorted(checkpoint.glob("*.safetensors"))}
+    assert found, checkpoint
+    return found
