@@ -232,6 +232,8 @@ class Run:
             say(f"skipped a checkpoint: {warning}")
         if resuming:
             say(f"going on at {self.clock.images:,} images from {self.found.folder}" if self.found else "")
+        if self.clock.done:
+            say(f"all {self.recipe.run.images:,} images are done; a larger `run.images` trains on")
         where = "1 process" if self.world.ranks == 1 else f"{self.world.ranks} processes"
         say(f"{self.folder}: {where} on {self.world.device.type}, {self.world.precision} ({self.world.reason})")
 
