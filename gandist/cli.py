@@ -244,25 +244,18 @@ def sample(
 
 def main() -> None:
     """Runs a verb; exit codes: 0 done, 1 failed, 2 the input is at fault, 75 stopped on request with a checkpoint."""
-    code = 1
+    code: str | int | None = 1
     first = os.environ.get("RANK", "0") == "0"
     try:
-        code = app(standalone_mode=False) or 0
-    except typer.Exit as leave:
-        code = leave.exit_code
+        app()
+    except SystemExit as leave:
+        code = leave.code or 0
     except InputError as error:
         code = 2
         if first:
             print(f"gandist: {error}", file=sys.stderr)
     except Failure as error:
         print(f"gandist: {error}", file=sys.stderr)
-    except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
-            raise
-        error.show()
-        code = error.exit_code
     finally:
         if first and (note := os.environ.get("GANDIST_EXIT_FILE")):
             Path(note).write_text(str(code))  # launch/node.sh hands it on: launchers exit 1 whatever their ranks return

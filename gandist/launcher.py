@@ -43,6 +43,16 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _launch_words(line: list[str], names: list[str]) -> list[str] | None:
+    """The arguments of `accelerate launch` in a command line, whichever of its spellings it is."""
+    for place, name in enumerate(names):
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return line[place + 1 :]
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and names[place + 1 : place + 2] == ["launch"]:
+            return line[place + 2 :]
+    return None
+
+
 def told() -> dict[str, Any]:
     """What the user set for `mixed_precision` and `num_processes`, on `accelerate launch` or in its config file.
 
@@ -54,11 +64,8 @@ def told() -> dict[str, Any]:
         except psutil.Error:
             continue
         names = [Path(word).name for word in line]
-        if "accelerate-launch" in names:
-            words = line[names.index("accelerate-launch") + 1 :]
-        elif "accelerate" in names and names[names.index("accelerate") + 1 :][:1] == ["launch"]:
-            words = line[names.index("accelerate") + 2 :]
-        else:
+        words = _launch_words(line, names)
+        if words is None:
             continue
         arguments = vars(launch_command_parser().parse_known_args(words)[0])
         settings: dict[str, Any] = {}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gandist.cli import main
 from gandist.data.pack import pack
@@ -150,3 +155,25 @@ def tensor_files(checkpoint: Path) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in sorted(checkpoint.glob("*.safetensors"))}
     assert found, checkpoint
     return found
+
+
+def _rank(function: Callable[..., object], rank: int, ranks: int, store: str, arguments: tuple[object, ...]) -> object:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    )
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
+    try:
+        return function(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(ranks: int, function: Callable[..., object], *arguments: object) -> list[object]:
+    """What `function` returns on each of `ranks` gloo processes, which share nothing with this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gandist.train"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(ranks, mp_context=context) as pool:
+        jobs = [pool.submit(_rank, function, rank, ranks, f"{folder}/store", arguments) for rank in range(ranks)]
+        return [job.result(timeout=120) for job in jobs]

@@ -164,7 +164,10 @@ def test_when_no_checkpoint_verifies_nothing_starts_over_in_silence(
 
 def test_the_newest_n_are_kept(gandist: Callable, recipe: Callable, tmp_path: Path) -> None:
     assert gandist("train", recipe(), "run.save_images=32", "run.keep_checkpoints=2").code == 0
-    assert [f.name for f in checkpoint.folders(tmp_path / "run" / "checkpoints")] == ["images_000000160", "images_000000128"]
+    assert [f.name for f in checkpoint.folders(tmp_path / "run" / "checkpoints")] == [
+        "images_000000160",
+        "images_000000128",
+    ]
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(trained: Path) -> None:
@@ -265,6 +268,12 @@ torch.load = pickle.load = pickle.loads = lambda *a, **k: sys.exit("unpickling")
 main()
 """)
     path = recipe()
-    for words in (["train", path, "run.images=80"], ["train", path], ["sample", tmp_path / "run", "--out", tmp_path / "out"]):
-        done = subprocess.run([sys.executable, script, *map(str, words)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    for words in (
+        ["train", path, "run.images=80"],
+        ["train", path],
+        ["sample", tmp_path / "run", "--out", tmp_path / "out"],
+    ):
+        done = subprocess.run(
+            [sys.executable, script, *map(str, words)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr

@@ -34,8 +34,13 @@ def test_ten_steps_equal_five_and_a_stop_and_five_bit_for_bit(recipe: Callable, 
     assert second.code == 0
     assert "going on at 80 images" in second.out
     assert final(tmp_path / "halted") == final(tmp_path / "straight")
-    measured = [{k: v for k, v in row.items() if k.startswith(("loss", "logits", "grad"))} for row in rows(tmp_path / "straight")]
-    again = [{k: v for k, v in row.items() if k.startswith(("loss", "logits", "grad"))} for row in rows(tmp_path / "halted")]
+    measured = [
+        {k: v for k, v in row.items() if k.startswith(("loss", "logits", "grad"))}
+        for row in rows(tmp_path / "straight")
+    ]
+    again = [
+        {k: v for k, v in row.items() if k.startswith(("loss", "logits", "grad"))} for row in rows(tmp_path / "halted")
+    ]
     assert measured[-2:] == again[-2:]  # the windows of steps 7–8 and 9–10 lie behind the stop
 
 
@@ -160,7 +165,14 @@ def test_a_finished_run_started_again_does_nothing(gandist: Callable, recipe: Ca
 
 def test_a_changed_recipe_is_refused_with_the_differences(gandist: Callable, recipe: Callable, tmp_path: Path) -> None:
     assert gandist("train", recipe()).code == 0
-    result = gandist("train", recipe(), "run.images=320", "run.seed=1", "game.generator.optimizer.learning_rate=1e-3", "run.trackers=[tensorboard]")
+    result = gandist(
+        "train",
+        recipe(),
+        "run.images=320",
+        "run.seed=1",
+        "game.generator.optimizer.learning_rate=1e-3",
+        "run.trackers=[tensorboard]",
+    )
     assert result.code == 2
     assert "`run.seed`: 0 → 1" in result.err
     assert "`game.generator.optimizer.learning_rate`: 0.0002 → 0.001" in result.err

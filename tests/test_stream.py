@@ -76,7 +76,11 @@ def test_pixels_stay_uint8_until_the_device_and_come_as_minus_one_to_one(fashion
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A small dataset to damage."""
-    np.savez(tmp_path / "small.npz", images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8), labels=np.arange(20))
+    np.savez(
+        tmp_path / "small.npz",
+        images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8),
+        labels=np.arange(20),
+    )
     pack(str(tmp_path / "small.npz"), tmp_path / "small")
     return tmp_path / "small"
 
@@ -89,7 +93,9 @@ def test_a_flipped_bit_in_any_member_is_found_when_it_is_read(copy: Path) -> Non
     for _ in range(60):
         sample = pick.randrange(20)
         column = pick.randrange(2)
-        position = int(index.offset[sample] + index.start[column, sample]) + pick.randrange(int(index.size[column, sample]))
+        position = int(index.offset[sample] + index.start[column, sample]) + pick.randrange(
+            int(index.size[column, sample])
+        )
         damaged = bytearray(intact)
         damaged[position] ^= 1 << pick.randrange(8)
         shard.write_bytes(damaged)

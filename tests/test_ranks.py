@@ -1,0 +1,112 @@
+"""Two processes compute what one does: the same samples, the same noise, the same gradients, each reduced once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import on_ranks, run
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gandist import checkpoint
+from gandist.data.dataset import Dataset
+from gandist.data.stream import Stream
+from gandist.game import GAMES, Clock, Game, draws
+from gandist.player import Player
+from gandist.seeding import derive
+
+NETWORKS = {
+    "mlp": ("{kind: mlp, width: 32}", "{kind: mlp, width: 32}"),
+    "dcgan": ("{kind: dcgan, width: 8, norm: none}", "{kind: dcgan, width: 8, norm: none}"),
+}
+
+
+@pytest.mark.parametrize("networks", NETWORKS)
+def test_one_and_two_processes_give_the_same_parameters(recipe: Callable, tmp_path: Path, networks: str) -> None:
+    """To 1e-5 after ten steps of the same global batches, for networks without batch statistics."""
+    generator, discriminator = NETWORKS[networks]
+    found = []
+    # eps well above the gradients' rounding: Adam divides by their size, and would make 1e-8 of noise a step of its own
+    options = ["game.generator.optimizer.eps=1e-3", "game.discriminator.optimizer.eps=1e-3", "run.log_every=10"]
+    for name, ranks, more in (("one", 1, []), ("two", 2, []), ("split", 2, ["run.accumulate=2"])):
+        path = recipe(name, generator=generator, discriminator=discriminator)
+        assert run("train", path, *options, *more, ranks=ranks).code == 0
+        found.append(checkpoint.find(tmp_path / name))
+    assert found[1].state.ranks == 2
+    for name in ("generator", "generator.ema", "discriminator"):
+        one, two, split = (f.tensors(name) for f in found)
+        for key in one:
+            assert (one[key] - two[key]).abs().max() < 1e-5, (name, key)
+            assert (one[key] - split[key]).abs().max() < 1e-5, (name, key)
+
+
+def _play(data: str, steps: int, batch_norm: bool) -> tuple[dict[str, Tensor], int, int]:
+    """Plays some steps; returns all tensors by name, the bytes that the gradients sent, and the bytes they have."""
+    norm = "batch" if batch_norm else "none"
+    network = {"kind": "dcgan", "width": 4, "norm": norm}
+    options = {"kind": "gan", "noise": 8, "generator": {"network": network}, "discriminator": {"network": network}}
+    game = GAMES.pick(options).model_validate(options)
+    assert isinstance(game, Game)
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    dataset, device = Dataset(Path(data)), torch.device("cpu")
+    players = {}
+    for name, side in game.sides(dataset.spec("train")).items():
+        torch.manual_seed(derive(0, name))
+        players[name] = Player(name, side.build(), side.options, device=device)
+    sent = 0
+
+    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        nonlocal sent
+        sent += bucket.buffer().numel() * 4
+        work = dist.all_reduce(bucket.buffer().div_(ranks), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+    for player in players.values():
+        if isinstance(player.wrapped, DistributedDataParallel):
+            player.wrapped.register_comm_hook(None, count)
+    stream = Stream(
+        dataset, "train", parts=("image",), batch=8, seed=0, device=device, rank=rank, ranks=ranks, accumulate=2
+    )
+    clock = Clock(8, 10**6)
+    for _ in range(steps):
+        for phase, numbers in zip(game.phases(), draws(game.phases(), clock.step), strict=True):
+            for draw in numbers:
+                with players[phase.player].turn(clock.images, clock.batch, 2) as turn:
+                    for batch in turn.accumulate(stream.read(draw)):
+                        loss, _ = phase.loss(players, batch, clock)
+                        turn.backward(loss)
+        clock.advance()
+    stream.close()
+    tensors = {
+        f"{name}/{file}/{key}": tensor.clone()
+        for name, player in players.items()
+        for file, found in player.tensors().items()
+        for key, tensor in found.items()
+    }
+    weights = sum(4 * p.numel() for player in players.values() for p in player.parameters)
+    return tensors, sent, weights
+
+
+def test_every_gradient_is_reduced_exactly_once_a_step(fashion: Path) -> None:
+    """Also with two micro-batches, and with the discriminator called twice in its own turn and once in the other's."""
+    steps = 3
+    for _, sent, weights in on_ranks(2, _play, str(fashion), steps, True):
+        assert sent == steps * weights
+
+
+def test_ranks_stay_bitwise_equal_running_statistics_included(fashion: Path) -> None:
+    (first, _, _), (second, _, _) = on_ranks(2, _play, str(fashion), 5, True)
+    assert any("running_mean" in name for name in first)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_step_of_two_ranks_moves_as_one_process_does(fashion: Path) -> None:
+    single, _, _ = _play(str(fashion), 1, False)
+    for tensors, _, _ in on_ranks(2, _play, str(fashion), 1, False):
+        for name, value in tensors.items():
+            if "exp_avg_sq" not in name:  # the first moment is the gradient itself, times 1 − β1
+                tolerance = 1e-7 + 1e-4 * single[name].abs().max() if "exp_avg" in name else 1e-3
+                assert (value - single[name]).abs().max() < tolerance, name

@@ -1,0 +1,111 @@
+"""Every recipe in configs/ loads, describes itself and takes two steps; and so do the verbs that go with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, rows
+from PIL import Image
+
+from gandist.data.dataset import Dataset
+from gandist.describe import sides
+from gandist.train import read_recipe
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_recipe_takes_two_steps_and_its_header_tells_how_to_run_it(
+    gandist: Callable, fashion: Path, tmp_path: Path, path: Path
+) -> None:
+    batch = read_recipe(path, [f"data.path={fashion}"]).run.batch
+    options = [f"data.path={fashion}", f"run.folder={tmp_path / 'run'}", f"run.images={2 * batch}", "run.log_every=1"]
+    result = gandist("train", path, *options)
+    assert result.code == 0, result.err
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    head = path.read_text().split("\ndata:")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    for word in ("command:", "hardware"):
+        assert word in head, f"{path.name} does not say its {word}"
+
+
+def test_describe_counts_parameters_and_arithmetic_without_memory(
+    gandist: Callable, recipe: Callable, fashion: Path
+) -> None:
+    path = recipe(generator="{kind: dcgan, width: 64}", discriminator="{kind: dcgan, width: 64}")
+    result = gandist("describe", path)
+    assert result.code == 0
+    loaded = read_recipe(path, [])
+    spec = Dataset(fashion).spec("train")
+    for name, side in loaded.game.sides(spec).items():  # type: ignore[attr-defined]
+        count = sum(p.numel() for p in side.build().parameters())
+        assert re.search(rf"{name} +{count:,} parameters", result.out)
+    # the generator: noise 8 to 128·7·7, then 4×4 to 64 at 7×7 inputs, then 4×4 to 1 at 14×14 inputs
+    macs = 8 * 128 * 49 + 49 * 16 * 128 * 64 + 196 * 16 * 64
+    assert sides(loaded, spec)["generator"].forward_flops == 2 * macs
+
+
+def test_inspect_shows_each_rank_its_share_of_the_same_draw(
+    gandist: Callable, recipe: Callable, tmp_path: Path
+) -> None:
+    path = recipe()
+    keys = {}
+    for ranks in (1, 2, 4):
+        result = gandist("inspect", path, "--draws", "3:5", "--world-size", ranks, "--out", tmp_path / "sheet.png")
+        assert result.code == 0, result.err
+        found = re.findall(r"draw (\d) rank (\d): (.*)", result.out)
+        assert len(found) == 2 * ranks
+        keys[ranks] = [key for _, _, line in found for key in line.split()]
+    assert keys[1] == keys[2] == keys[4]
+    assert len(set(keys[1])) == 32
+    assert Image.open(tmp_path / "sheet.png").size[0] >= 140
+    assert gandist("inspect", path, "--draws", "5:3").code == 2
+
+
+def test_sample_gives_single_images_by_seed_from_a_run_or_a_checkpoint(
+    gandist: Callable, recipe: Callable, tmp_path: Path
+) -> None:
+    assert gandist("train", recipe()).code == 0
+    folder = tmp_path / "run" / "checkpoints" / "images_000000160"
+    pictures = {}
+    for name, run, seed in (("a", tmp_path / "run", 1), ("b", folder, 1), ("c", folder, 2)):
+        result = gandist("sample", run, "--count", 70, "--seed", seed, "--single", "--out", tmp_path / name)
+        assert result.code == 0, result.err
+        pictures[name] = [path.read_bytes() for path in sorted((tmp_path / name).iterdir())]
+    assert len(pictures["a"]) == 70
+    assert pictures["a"] == pictures["b"] != pictures["c"]
+    assert Image.open(tmp_path / "a" / "000069.png").size == (28, 28)
+
+
+def test_sample_needs_a_run(gandist: Callable, tmp_path: Path) -> None:
+    result = gandist("sample", tmp_path)
+    assert result.code == 2
+    assert "name a run folder" in result.err
+
+
+def test_every_verb_explains_itself(gandist: Callable) -> None:
+    listed = gandist("--help")
+    assert listed.code == 0
+    for verb in ("pack", "index", "verify", "describe", "inspect", "train", "sample"):
+        assert verb in listed.out
+        assert gandist(verb, "--help").code == 0
+    assert gandist("trian").code == 2
+
+
+def test_weights_at_the_start_depend_on_seed_and_player_alone(
+    gandist: Callable, recipe: Callable, fashion: Path
+) -> None:
+    from gandist.train import make_players
+
+    def weights(*overrides: str) -> dict[str, torch.Tensor]:
+        loaded = read_recipe(recipe(), list(overrides))
+        players = make_players(loaded, Dataset(fashion), torch.device("cpu"), "fp32")
+        return {name: player.parameters[0].detach() for name, player in players.items()}
+
+    first, second = weights(), weights("game.discriminator.network={kind: dcgan, width: 4}")
+    assert torch.equal(first["generator"], second["generator"])
+    assert not torch.equal(first["generator"], weights("run.seed=1")["generator"])

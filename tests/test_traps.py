@@ -1,0 +1,240 @@
+"""What the stack does silently wrong: each trap is shown on the naive code, and then that gandist does not step in it.
+
+A test that fails because the naive code became right is good news: the guard it names can go.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import webdataset
+from conftest import ENVIRONMENT, ROOT, on_ranks, run
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gandist.player import Player, PlayerOptions
+from gandist.recipe import Failure
+
+CPU = torch.device("cpu")
+
+
+def _linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+# ---- launching
+
+
+def _launch(script: str, tmp_path: Path, *options: str) -> str:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, str(path)]
+    done = subprocess.run(words, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="shows what happens on a machine without accelerator")
+def test_a_plain_accelerator_makes_two_separate_runs_of_two_cpu_processes(tmp_path: Path) -> None:
+    options = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
+    naive = _launch("import accelerate; print('size', accelerate.Accelerator().num_processes)", tmp_path, *options)
+    assert naive.count("size 1") == 2
+    ours = _launch("from gandist.launcher import World; print('size', World.join('auto').ranks)", tmp_path, *options)
+    assert ours.count("size 2") == 2
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="shows what happens on a machine without accelerator")
+def test_accelerate_launch_cpu_with_two_processes_starts_one_and_gandist_says_so(tmp_path: Path) -> None:
+    options = ("--cpu", "--num_processes", "2", "--num_machines", "1")
+    naive = _launch("import accelerate; print('size', accelerate.Accelerator().num_processes)", tmp_path, *options)
+    assert naive.count("size") == naive.count("size 1") == 1
+    ours = _launch("from gandist.launcher import World; World.join('auto')", tmp_path, *options)
+    assert "accelerate was told to start 2 processes, and 1 runs" in ours
+
+
+# ---- DistributedDataParallel
+
+
+def _two_forwards_two_backwards() -> tuple[float, float]:
+    """The gradient after two forwards and two backwards, and after the one backward of a turn, on each rank's own data."""
+    data = torch.full((4, 3), float(1 + dist.get_rank()))
+    naive = DistributedDataParallel(_linear())
+    first, second = naive(data).mean(), naive(10 * data).mean()
+    first.backward()
+    second.backward()
+    assert naive.module.weight.grad is not None
+    player = Player("d", _linear(), PlayerOptions(), device=CPU)
+    with player.turn(0, 4) as turn:
+        turn.backward(player(data).mean() + player(10 * data).mean())
+    grad = player.parameters[0].grad
+    assert grad is not None
+    return float(naive.module.weight.grad[0, 0]), float(grad[0, 0])
+
+
+def test_two_backwards_after_two_forwards_leave_the_second_gradient_local() -> None:
+    (naive0, ours0), (naive1, ours1) = on_ranks(2, _two_forwards_two_backwards)
+    assert naive0 != naive1  # 16.5 is right; no error was raised
+    assert ours0 == ours1 == pytest.approx(16.5)
+
+
+def _statistics() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(dist.get_rank())
+    data = torch.randn(8, 4) + dist.get_rank()
+    naive = DistributedDataParallel(nn.BatchNorm1d(4), broadcast_buffers=False)
+    naive(data).sum().backward()
+    player = Player("d", nn.BatchNorm1d(4), PlayerOptions(), device=CPU)
+    with player.turn(0, 8) as turn:
+        turn.backward(player(data).square().mean())
+    running = naive.module.running_mean
+    assert isinstance(running, Tensor)
+    return running, player.module.running_mean  # type: ignore[return-value]
+
+
+def test_running_statistics_drift_apart_without_broadcast_and_are_averaged_in_a_turn() -> None:
+    (naive0, ours0), (naive1, ours1) = on_ranks(2, _statistics)
+    assert not torch.equal(naive0, naive1)
+    assert torch.equal(ours0, ours1)
+    assert torch.allclose(ours0, (naive0 + naive1) / 2)
+
+
+# ---- Accelerate
+
+
+def test_accelerates_scheduler_steps_once_for_each_process() -> None:
+    naive = on_ranks(2, _prepared_rate)
+    assert naive == pytest.approx([1 / 3, 1 / 3])  # 1/(1+2) after one step, where 1/2 was asked for
+
+
+def _prepared_rate() -> float:
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(_linear().parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    optimizer.step()
+    scheduler.step()
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def test_accelerates_checkpoint_pickles_the_optimizer(tmp_path: Path) -> None:
+    """gandist's own is shown free of it in test_checkpoint.py."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = _linear()
+    accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    accelerator.save_state(str(tmp_path / "state"))
+    assert {"optimizer.bin", "random_states_0.pkl"} <= {path.name for path in (tmp_path / "state").iterdir()}
+
+
+# ---- precision
+
+
+def test_one_autocast_context_round_a_step_computes_with_old_weights() -> None:
+    naive = _linear()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = naive(torch.ones(1, 3))
+        before.sum().backward()
+        with torch.no_grad():
+            naive.weight += 1
+        assert torch.equal(naive(torch.ones(1, 3)), before)  # 3 higher, had the cache noticed
+    player = Player("d", _linear(), PlayerOptions(), device=CPU, precision="bf16")
+    with player.turn(0, 1) as turn:
+        before = player(torch.ones(1, 3))
+        turn.backward(before.float().sum())
+        with torch.no_grad():
+            player.parameters[0] += 1
+        assert player(torch.ones(1, 3)).item() == pytest.approx(before.item() + 3, abs=0.05)
+
+
+def test_unwrapping_with_accelerate_takes_the_precision_off_the_live_model() -> None:
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare_model(nn.Conv2d(1, 1, 1))
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert model(torch.zeros(1, 1, 1, 1)).dtype == torch.float32
+    player = Player("d", nn.Conv2d(1, 1, 1), PlayerOptions(), device=CPU, precision="bf16")
+    with player.evaluating() as module:
+        assert module(torch.zeros(1, 1, 1, 1)).dtype == torch.bfloat16
+    assert player(torch.zeros(1, 1, 1, 1)).dtype == torch.bfloat16
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# ---- files
+
+
+def test_safetensors_takes_flipped_bits_and_refuses_channels_last() -> None:
+    data = bytearray(safetensors.torch.save({"w": torch.ones(4)}))
+    data[-1] ^= 1
+    assert not torch.equal(safetensors.torch.load(bytes(data))["w"], torch.ones(4))  # and no error
+    with pytest.raises(ValueError, match="non contiguous"):
+        safetensors.torch.save({"w": torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)})
+
+
+def test_webdataset_loses_samples_of_a_damaged_shard_in_silence_and_the_reader_does_not(tmp_path: Path) -> None:
+    from gandist.data.index import scan
+    from gandist.data.pack import pack
+    from gandist.data.read import Reader
+    from gandist.recipe import InputError
+
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8), np.uint8))
+    dataset, _ = pack(str(tmp_path / "x.npz"), tmp_path / "x")
+    shard = tmp_path / "x" / "train-000000.tar"
+    damaged = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        position = tar.getmembers()[7].offset
+    damaged[position + 10] ^= 1
+    shard.write_bytes(damaged)
+    assert len(list(webdataset.WebDataset(str(shard), shardshuffle=False))) == 7  # of 20
+    with pytest.raises(InputError, match=f"at byte {position}"):
+        list(scan(shard))
+    reader = Reader(dataset, "train")
+    assert len([reader.members(number) for number in range(20)]) == 20  # the index knows where each one lies
+    with pytest.raises(Failure, match="damaged"):
+        dataset.verify()
+
+
+def test_webdatasets_shuffle_ignores_every_seed_and_the_stream_does_not(fashion: Path) -> None:
+    from gandist.data.dataset import Dataset
+    from gandist.data.stream import Stream
+
+    def naive() -> list[str]:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        shards = [str(path) for path in sorted(fashion.glob("*.tar"))]
+        return [
+            s["__key__"]
+            for s, _ in zip(webdataset.WebDataset(shards[:1], shardshuffle=False).shuffle(100), range(50), strict=False)
+        ]
+
+    assert naive() != naive()
+    streams = [Stream(Dataset(fashion), "train", parts=("image",), batch=50, seed=0, device=CPU) for _ in range(2)]
+    assert streams[0].numbers(3) == streams[1].numbers(3)
+    for stream in streams:
+        stream.close()
+
+
+# ---- averages
+
+
+def test_an_average_copied_after_wrapping_would_carry_the_wrapper(tmp_path: Path) -> None:
+    """The EMA is copied from the bare module before anything wraps it: its names are the network's own."""
+    from gandist.player import EmaOptions
+
+    player = Player("g", _linear(), PlayerOptions(ema=EmaOptions()), device=CPU)
+    assert player.ema is not None
+    assert player.ema.state_dict().keys() == _linear().state_dict().keys()
+    assert copy.deepcopy(player.module).state_dict().keys() == player.tensors()["ema"].keys()
+
+
+def test_a_two_process_run_reports_two_processes(recipe, tmp_path: Path) -> None:
+    result = run("train", recipe(), "run.images=32", ranks=2)
+    assert result.code == 0
+    assert "2 processes on cpu" in result.out
