@@ -37,6 +37,9 @@ class FileRecord(Section):
     sha256: Hex
 
 
+NO_FILE = FileRecord(bytes=1, sha256="0" * 64)
+
+
 class Manifest(Section):
     """The contents of `manifest.json`: every other file of the folder."""
 

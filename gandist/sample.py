@@ -23,6 +23,10 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
     assert isinstance(game, Game)
     players = {}
     for name, side in game.sides(found.state.spec).items():
+        with torch.device("meta"):  # a checkpoint cannot ask for more memory than its own file has
+            needed = sum(p.numel() * p.element_size() for p in side.build().parameters())
+        if needed > found.files.get(f"{name}.safetensors", checkpoint.NO_FILE).bytes:
+            raise Failure(f"{found.folder}: its recipe describes a larger {name} than the one it holds")
         player = players[name] = Player(
             name, side.build(), side.options, device=device, precision=found.state.precision
         )

@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
 
 
 def test_a_forged_manifest_does_not_get_a_pickle_read(gandist: Callable, trained: Path) -> None:
-    forge(last(trained), "generator.safetensors", pickle.dumps(Bomb()))
+    forge(last(trained), "generator.safetensors", pickle.dumps(Bomb()) + bytes(1 << 20))
     result = gandist("sample", last(trained))
     assert result.code == 1
     assert "not a safetensors file" in result.err
@@ -132,11 +132,11 @@ def header(entries: str) -> bytes:
         (header('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}') + b"abcd", "stands twice"),
         ((1 << 40).to_bytes(8, "little") + b"{}", "its header would have"),
         (header("[" * 100_000), "not a safetensors file"),
-        (safetensors.torch.save({"other": torch.zeros(2)}), "another architecture"),
+        (safetensors.torch.save({"other": torch.zeros(100_000)}), "another architecture"),
     ],
 )  # fmt: skip
 def test_hostile_tensor_files_are_refused_by_rule(gandist: Callable, trained: Path, data: bytes, rule: str) -> None:
-    forge(last(trained), "generator.safetensors", data)
+    forge(last(trained), "generator.safetensors", data + bytes(0 if "architecture" in rule else 1 << 20))
     result = gandist("sample", last(trained))
     assert result.code == 1
     assert rule in result.err
@@ -149,6 +149,15 @@ def test_tensors_of_another_shape_or_type_are_refused_by_name(trained: Path) -> 
     for wrong in (torch.zeros(3), into[first].double()):
         with pytest.raises(Failure, match=f"`{first}` is torch.float32"):
             found.restore("generator", into | {first: wrong})
+
+
+def test_a_forged_recipe_cannot_ask_for_more_memory_than_the_file_holds(gandist: Callable, trained: Path) -> None:
+    state = json.loads((last(trained) / "state.json").read_text())
+    state["recipe"]["game"]["generator"]["network"]["width"] = 60_000
+    forge(last(trained), "state.json", json.dumps(state).encode())
+    result = gandist("sample", last(trained))
+    assert result.code == 1
+    assert "describes a larger generator than the one it holds" in result.err
 
 
 def test_when_no_checkpoint_verifies_nothing_starts_over_in_silence(

@@ -166,3 +166,21 @@ def test_labels_are_the_shards_own(fashion: Path) -> None:
     counts = torch.bincount(torch.cat([stream.read(draw)[0]["label"] for draw in range(10)]))
     assert counts.tolist() == [1000] * 10
     stream.close()
+
+
+def test_an_index_from_a_stranger_cannot_ask_for_bytes_beyond_the_shard(copy: Path) -> None:
+    path = index_path(copy / "train-000000.tar")
+    index = ShardIndex.open(path)
+    size = index.size.copy()
+    size[:, 3] = 0xFFFFFFFE
+    forged = ShardIndex(index.suffixes, index.shard_bytes, index.offset, index.digest, index.start, size)
+    path.write_bytes(forged.to_bytes())
+    with pytest.raises(Failure, match="points beyond the shard"):
+        Reader(Dataset(copy), "train").members(3)
+    size[:, 3] = 0xFFFFFFFF
+    path.write_bytes(forged.to_bytes())
+    with pytest.raises(Failure, match="has no members"):
+        Reader(Dataset(copy), "train").members(3)
+    path.write_bytes(forged.to_bytes()[:-9])
+    with pytest.raises(Failure, match="damaged index"):
+        Reader(Dataset(copy), "train")

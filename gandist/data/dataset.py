@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from gandist.data.decode import IMAGE_SUFFIXES, LABEL_SUFFIX, image_shape, label_number
+from gandist.data.decode import IMAGE_SUFFIXES, LABEL_SUFFIX, MAX_PIXELS, image_shape, label_number
 from gandist.data.index import ShardIndex, digest, index_path, scan
 from gandist.recipe import Failure, InputError, Section, suggestion, wording
 
@@ -26,6 +26,12 @@ class ImageSpec(Section):
     height: Count | None
     width: Count | None
     channels: Annotated[int, Field(ge=1, le=16)]
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> ImageSpec:
+        if (self.height or 1) * (self.width or 1) > MAX_PIXELS:
+            raise ValueError(f"{self.width}×{self.height} pixels are too many; the limit is {MAX_PIXELS}")
+        return self
 
 
 class LabelSpec(Section):

@@ -51,6 +51,8 @@ class Reader:
         return shard, number - (int(self._ends[shard - 1]) if shard else 0)
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
+        if offset + length > self.shards[shard].bytes:  # before memory is taken for it
+            raise Failure(f"{index_path(self.paths[shard])}: damaged: it points beyond the shard; make it anew")
         try:
             data = os.pread(self._file(shard).fileno(), length, offset)
         except OSError as error:
@@ -66,6 +68,8 @@ class Reader:
         sizes = index.size[:, place]
         present = [column for column, size in enumerate(sizes) if size != ABSENT]
         starts = index.start[:, place]
+        if not present:
+            raise Failure(f"{index_path(self.paths[shard])}: damaged: sample {place} has no members; make it anew")
         first = min(int(starts[column]) for column in present)
         last = max(int(starts[column]) + int(sizes[column]) for column in present)
         offset = int(index.offset[place])
