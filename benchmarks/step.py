@@ -19,15 +19,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gandist.data.dataset import Dataset
 from gandist.data.pack import pack
 from gandist.data.stream import Stream
 from gandist.game import Game
 from gandist.launcher import Stop, World
+from gandist.player import DTYPES
 from gandist.train import read_recipe, running, step, versions
 
 RECIPE = """\
@@ -99,6 +102,13 @@ def seconds(act: Callable[[], object], steps: int, device: torch.device) -> floa
     return (time.perf_counter() - began) / steps
 
 
+def flops(act: Callable[[], object], batch: int) -> float:
+    """Floating-point operations of products and convolutions in one step, by image."""
+    with FlopCounterMode(display=False) as counter:
+        act()
+    return float(counter.get_total_flops()) / batch
+
+
 def processor() -> str:
     """The name of the processor."""
     try:
@@ -110,7 +120,7 @@ def processor() -> str:
     )
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds, as the JSON that is written."""
     data = folder / "data"
     dataset, _ = pack("embedded:fashion-mnist", data, size=arguments.size)
@@ -143,26 +153,50 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
             for name, act in contestants.items():
                 timings[name].append(seconds(act, arguments.steps, world.device))
         waited = run.stream.waited
+        arithmetic = {name: flops(act, arguments.batch) for name, act in contestants.items()}
     stop.close()
     ratios = sorted(p / t for p, t in zip(timings["plain"], timings["trainer"], strict=True))
     quarter = len(ratios) // 4
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[world.precision]
+    speeds = {name: arguments.batch / statistics.median(values) for name, values in timings.items()}
+    peaks = {name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})}
+    setting = {
+        "network": "dcgan",
+        **{name: getattr(arguments, name) for name in ("size", "width", "batch", "rounds", "steps")},
+    }
     return {
         "benchmark": "step",
-        "setting": {"network": "dcgan", "size": arguments.size, "width": arguments.width, "batch": arguments.batch,
-                    "rounds": arguments.rounds, "steps": arguments.steps},
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                    "capability": torch.backends.cpu.get_cpu_capability(), "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"},
+        "setting": setting,
+        "machine": {
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
         "versions": versions(),
         "precision": world.precision,
         "precision_reason": world.reason,
-        "images_per_second": {name: arguments.batch / statistics.median(values) for name, values in timings.items()},
+        "images_per_second": speeds,
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
+        "mflop_per_image": {name: value / 1e6 for name, value in arithmetic.items()},
+        "gflops": {name: speeds[name] * value / 1e9 for name, value in arithmetic.items()},
+        "gflops_of_a_matrix_product": peaks,
         "data_wait_seconds": waited,
-        "peak_gflops": {"fp32": peak_gflops(world.device, torch.float32), world.precision: peak_gflops(world.device, precision)},
         "step_seconds": timings,
-    }  # fmt: skip
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a reader."""
+    lines = ["", "| loop | precision | images/s | GFLOP/s | of a matrix product |", "|---|---|---:|---:|---:|"]
+    for name, precision in (("plain", "fp32"), ("trainer", result["precision"])):
+        speed, gflops = result["images_per_second"][name], result["gflops"][name]
+        share = gflops / result["gflops_of_a_matrix_product"][precision]
+        lines.append(f"| {name} | {precision} | {speed:.1f} | {gflops:.0f} | {share:.0%} |")
+    low, high = result["ratio_quartiles"]
+    return "\n".join(
+        [*lines, "", f"ratio {result['ratio']:.2f} (quartiles {low:.2f} … {high:.2f}); {result['precision_reason']}"]
+    )
 
 
 def main() -> None:
@@ -178,15 +212,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
-    speeds, quartiles = result["images_per_second"], result["ratio_quartiles"]
-    assert isinstance(speeds, dict)
-    assert isinstance(quartiles, list)
-    print(f"\n| {'loop':<8} | images/s | precision |\n|----------|---------:|-----------|")
-    print(f"| {'plain':<8} | {speeds['plain']:8.1f} | fp32      |")
-    print(f"| {'trainer':<8} | {speeds['trainer']:8.1f} | {result['precision']:<9} |")
-    print(
-        f"\nratio {result['ratio']:.2f} (quartiles {quartiles[0]:.2f} … {quartiles[1]:.2f}); {result['precision_reason']}"
-    )
+    print(table(result))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
