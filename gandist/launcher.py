@@ -217,12 +217,16 @@ class Stop:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer."""
-        return self.world.any(self.requested)
+        self.requested = self.world.any(self.requested)
+        return self.requested
 
     def close(self) -> None:
-        """Gives the signals back."""
+        """Gives the signals back; on the way out after a request they are ignored instead.
+
+        A second request must not turn 75 into a death by signal, and the interpreter takes handlers down, but not SIG_IGN.
+        """
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)
 
 
 def _stop_when_the_launcher_dies() -> None:

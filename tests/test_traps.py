@@ -36,6 +36,11 @@ def _linear() -> nn.Linear:
 # ---- launching
 
 
+# one write a line, so that the lines of two processes do not mix
+PLAIN = "import accelerate, os; os.write(1, b'size %d\\n' % accelerate.Accelerator().num_processes)"
+OURS = "import os; from gandist.launcher import World; os.write(1, b'size %d\\n' % World.join('auto').ranks)"
+
+
 def _launch(script: str, tmp_path: Path, *options: str) -> str:
     path = tmp_path / "script.py"
     path.write_text(script)
@@ -47,16 +52,16 @@ def _launch(script: str, tmp_path: Path, *options: str) -> str:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="shows what happens on a machine without accelerator")
 def test_a_plain_accelerator_makes_two_separate_runs_of_two_cpu_processes(tmp_path: Path) -> None:
     options = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
-    naive = _launch("import accelerate; print('size', accelerate.Accelerator().num_processes)", tmp_path, *options)
+    naive = _launch(PLAIN, tmp_path, *options)
     assert naive.count("size 1") == 2
-    ours = _launch("from gandist.launcher import World; print('size', World.join('auto').ranks)", tmp_path, *options)
+    ours = _launch(OURS, tmp_path, *options)
     assert ours.count("size 2") == 2
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="shows what happens on a machine without accelerator")
 def test_accelerate_launch_cpu_with_two_processes_starts_one_and_gandist_says_so(tmp_path: Path) -> None:
     options = ("--cpu", "--num_processes", "2", "--num_machines", "1")
-    naive = _launch("import accelerate; print('size', accelerate.Accelerator().num_processes)", tmp_path, *options)
+    naive = _launch(PLAIN, tmp_path, *options)
     assert naive.count("size") == naive.count("size 1") == 1
     ours = _launch("from gandist.launcher import World; World.join('auto')", tmp_path, *options)
     assert "accelerate was told to start 2 processes, and 1 runs" in ours
