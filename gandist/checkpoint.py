@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -53,8 +54,8 @@ class State(Section):
     step: Annotated[int, Field(ge=0)]
     images: Annotated[int, Field(ge=0)]
     seconds: Annotated[float, Field(ge=0)]
+    init_from: Hex | None = None  # the digest of the checkpoint whose weights the run started from
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,32}$")]
-    dataset: Hex
     precision: Literal["fp32", "bf16", "fp16"]
     ranks: Count
     spec: Spec
@@ -128,10 +129,13 @@ def save(root: Path, state: State, files: Files, keep: int) -> Path:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    Checkpoint(final)
-    for old in folders(root)[keep:]:
-        if old != final:
-            shutil.rmtree(old)
+    try:
+        Checkpoint(final)
+    except Failure as fault:
+        raise OSError(errno.EIO, f"re-read after writing: {fault}", str(final)) from None
+    # Newer folders did not verify when the run went on from an older one: they count for nothing, and stay as evidence.
+    for old in [folder for folder in folders(root) if folder.name <= final.name][keep:]:
+        shutil.rmtree(old)
     return final
 
 

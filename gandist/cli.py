@@ -154,6 +154,7 @@ def describe(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Show the resolved recipe, the players, and what a run takes; nothing is trained."""
     from gandist.data.dataset import Dataset
     from gandist.describe import sides
+    from gandist.game import Clock
     from gandist.train import read_recipe
 
     loaded = read_recipe(recipe, overrides or [])
@@ -161,7 +162,7 @@ def describe(recipe: RecipeFile, overrides: Overrides = None) -> None:
     spec = dataset.spec(loaded.data.split)
     print(loaded.to_yaml())
     players = sides(loaded, spec)
-    steps = -(-loaded.run.images // loaded.run.batch)
+    steps = Clock(loaded.run.batch, loaded.run.images).steps_wanted
     rows = [
         (
             name,
@@ -225,7 +226,7 @@ def sample(
     run: RunPath,
     count: Annotated[int, typer.Option(min=1, max=1_000_000, help="images to make")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="which images")] = 0,
-    out: Annotated[Path | None, typer.Option(help="folder; default: samples of the run")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; by default one in RUN/samples")] = None,
     single: Annotated[bool, typer.Option("--single", help="one PNG an image instead of a grid")] = False,
 ) -> None:
     """Make images with the generator of a run."""
@@ -237,7 +238,7 @@ def sample(
 
     found = checkpoint.find(run)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    folder = out or Path("samples") / f"{found.folder.name}_seed_{seed}"
+    folder = out or found.folder.parent.parent / "samples" / f"{found.folder.name}_seed_{seed}"
     paths = write_images(make(found, count, seed, device or torch.device("cpu")), folder, single)
     print(f"{count} images of {found.folder} (seed {seed}): {paths[0] if len(paths) == 1 else folder}")
 
@@ -245,7 +246,7 @@ def sample(
 def main() -> None:
     """Runs a verb; exit codes: 0 done, 1 failed, 2 the input is at fault, 75 stopped on request with a checkpoint."""
     code: str | int | None = 1
-    first = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one voice a machine
     try:
         app()
     except SystemExit as leave:
@@ -256,6 +257,10 @@ def main() -> None:
             print(f"gandist: {error}", file=sys.stderr)
     except Failure as error:
         print(f"gandist: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"gandist: {error.filename}: {error.strerror}", file=sys.stderr)
     finally:
         if first and (note := os.environ.get("GANDIST_EXIT_FILE")):
             Path(note).write_text(str(code))  # launch/node.sh hands it on: launchers exit 1 whatever their ranks return

@@ -102,19 +102,23 @@ class Game(Section):
         """The shape, without the batch axis, of what each player is called with."""
 
     @abstractmethod
-    def samples(self, players: Players, count: int, seed: int) -> Tensor:
-        """(count, C, H, W) images in −1 … 1 to look at, the same for the same seed and weights."""
+    def samples(self, players: Players, count: int, seed: int) -> Iterator[Tensor]:
+        """Images (B, C, H, W) in −1 … 1 to look at, `count` in all, the same for the same seed and weights."""
 
 
-def draws(phases: tuple[Phase, ...], step: int) -> list[range | list[int]]:
+def draws_each_step(phases: tuple[Phase, ...]) -> int:
+    """How many draws a step reads."""
+    return 1 + sum(phase.repeat - 1 for phase in phases)
+
+
+def draws(phases: tuple[Phase, ...], step: int) -> list[list[int]]:
     """The draws that each phase reads in `step`: all share the first, and each further repeat has one of its own."""
-    each_step = 1 + sum(phase.repeat - 1 for phase in phases)
-    base = step * each_step
+    base = step * draws_each_step(phases)
     taken, found = base + 1, []
     for phase in phases:
         found.append([base, *range(taken, taken + phase.repeat - 1)])
         taken += phase.repeat - 1
-    return list(found)
+    return found
 
 
 def _section(entry: EntryPoint, base: type[Section]) -> type[Section]:

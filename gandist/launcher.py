@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
-from gandist.recipe import Failure, InputError
+from gandist.recipe import InputError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -36,11 +36,6 @@ _PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16
 def ranks() -> int:
     """How many processes the launcher started, read from its environment before any of them has joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Which of them this one is."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _launch_words(line: list[str], names: list[str]) -> list[str] | None:
@@ -154,9 +149,6 @@ class World:
                 "on a machine without GPU, too, that takes `accelerate launch --multi_gpu --num_processes N` (not --cpu)"
             )
         chosen, reason = choose_precision(precision, accelerator.device, settings)
-        if accelerator.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.backends.cudnn.allow_tf32 = True
         control = dist.new_group(backend="gloo") if count > 1 else None
         return cls(accelerator.device, accelerator.process_index, count, chosen, reason, control)
 
@@ -166,7 +158,7 @@ class World:
         return self.rank == 0
 
     def lead(self, act: Callable[[], int]) -> int:
-        """Rank 0 acts; every rank gets its number, or fails with it."""
+        """Rank 0 acts; every rank gets its number, or ends with it, the others without a word of their own."""
         error: Exception | None = None
         answer = torch.zeros(2, dtype=torch.int64)
         if self.leads:
@@ -180,7 +172,7 @@ class World:
         if error is not None:
             raise error
         if answer[0]:
-            raise (InputError if answer[0] == 2 else Failure)("rank 0 refused; its message says why")
+            raise SystemExit(int(answer[0]))
         return int(answer[1])
 
     def any(self, here: bool) -> bool:
@@ -189,6 +181,18 @@ class World:
         if self.ranks > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
         return bool(flag)
+
+    def agree(self, what: str, mine: int) -> None:
+        """Raises InputError on every rank unless all have the same number, a digest of `what`."""
+        first = torch.tensor(mine)
+        if self.ranks > 1:
+            dist.broadcast(first, 0, group=self.control)
+        differs = int(first) != mine
+        if self.any(differs):
+            here = f"rank {self.rank} differs from rank 0" if differs else "another rank differs from this one"
+            raise InputError(
+                f"the processes do not have the same {what}: {here}; start all with the same recipe and data"
+            )
 
     def leave(self) -> None:
         """Ends the process group, where there is one."""

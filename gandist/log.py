@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -52,14 +53,14 @@ class Meter:
         return read
 
 
-def grid(images: Tensor, columns: int | None = None) -> npt.NDArray[np.uint8]:
+def grid(images: Tensor, columns: int | None = None, magnify: bool = True) -> npt.NDArray[np.uint8]:
     """(H, W, C) picture of images (N, C, H, W) in −1 … 1, in rows of `columns`, small ones magnified."""
     count, channels, height, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = -(-count // columns)
     empty = images.new_full((rows * columns - count, *images.shape[1:]), -1)
     pixels = torch.cat([images, empty]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    factor = max(1, VIEW // (height * max(rows, columns)))
+    factor = max(1, VIEW // (height * max(rows, columns))) if magnify else 1
     pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     if channels not in (1, 3):
         pixels = pixels[:, :1]
@@ -144,6 +145,7 @@ class Log:
     def __init__(self, folder: Path, run_id: str, trackers: tuple[str, ...], config: dict[str, Any]) -> None:
         self.folder = folder
         self._file: IO[str] = (folder / "log.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._lost = 0
         self._trackers: dict[str, Tracker] = {}
         for name in trackers:
             self._mirror(name, partial(self._start, name, run_id, config))
@@ -160,30 +162,42 @@ class Log:
             self.event("tracker_failed", tracker=name, error=f"{type(error).__name__}: {error}")
             print(f"gandist: {name} failed and is left out from here on: {error}", file=sys.stderr)
 
+    def _write(self, values: dict[str, Any]) -> None:
+        """A line of the record; a disk that is full costs lines, said once, and never the run."""
+        try:
+            self._file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            if not self._lost:
+                print(f"gandist: {self._file.name}: {error.strerror}; rows are lost from here on", file=sys.stderr)
+            self._lost += 1
+
     def event(self, name: str, **values: Any) -> None:
         """A row that is no measurement: a start, a checkpoint, a failure."""
-        self._file.write(json.dumps({"event": name, **values}) + "\n")
+        self._write({"event": name, **values})
 
     def row(self, values: dict[str, float]) -> None:
         """A row of measurements; `images` is its place."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._write(finite)
         for name, tracker in list(self._trackers.items()):
             self._mirror(name, partial(tracker.row, values))
 
-    def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> Path:
-        """Writes `NAME/images_….png` and mirrors it."""
+    def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> None:
+        """Writes `NAME/images_….png` and mirrors it; a disk that is full costs the picture."""
         path = self.folder / name / f"images_{images:09d}.png"
-        save_png(picture, path)
+        try:
+            save_png(picture, path)
+        except OSError as error:
+            print(f"gandist: {path}: {error.strerror or error}; the picture is lost", file=sys.stderr)
         for key, tracker in list(self._trackers.items()):
             self._mirror(key, partial(tracker.picture, name, picture, images))
-        return path
 
     def close(self) -> None:
         """Closes the mirrors and the record."""
         for name, tracker in list(self._trackers.items()):
             self._mirror(name, tracker.close)
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was said when it was tried
+            self._file.close()
 
 
 class Bar:

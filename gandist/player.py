@@ -81,7 +81,7 @@ class EmaOptions(Section):
     half_life_images: Images = 10_000
     ramp_up: Annotated[float, Field(gt=0)] | None = 0.05
 
-    def decay(self, images: int, batch: int) -> float:
+    def decay(self, images: float, batch: float) -> float:
         """The share of the average that stays when a step of `batch` images ends at `images`."""
         half_life = float(self.half_life_images)
         if self.ramp_up is not None:
@@ -130,6 +130,7 @@ class Player:
         self.parameters = list(self.module.parameters())
         self._statistics = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._buffers = [b for b in self.module.buffers() if b.is_floating_point()]
+        self._kept: list[Tensor] = []  # the statistics as they were before the turn
         self.sees_batch = bool(self._statistics)  # its output for one row depends on the other rows
         adam = options.optimizer
         self.optimizer = torch.optim.Adam(
@@ -145,6 +146,7 @@ class Player:
             }
         self.skipped = torch.zeros((), device=device)  # turns without a step, for gradients that were not finite
         self.skipped_in_a_row = torch.zeros((), device=device)
+        self.learning_rate = 0.0  # of the last turn
         self.moving = False
         self._freeze()
 
@@ -172,30 +174,33 @@ class Player:
             layer.track_running_stats = True
 
     @contextmanager
-    def turn(self, images: int, batch: int, micro_batches: int = 1) -> Iterator[Turn]:
+    def turn(self, images: int, batch: float, micro_batches: int = 1) -> Iterator[Turn]:
         """This player's move: thaw, accumulate gradients, then guard, clip, step, average and freeze.
 
-        images: the clock before this step.  batch: images the clock counts a step.
+        images: the clock before this step.  batch: images of the clock that this turn stands for, a step's share of repeats.
         """
         turn = Turn(self, micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
+        self._kept = [buffer.clone() for buffer in self._buffers]
         self._thaw()
         try:
             yield turn
         finally:
             self._freeze()
         assert turn.left == 0, f"{self.name}: {turn.left} of {micro_batches} micro-batches had no backward"
-        rate = self.options.optimizer.learning_rate * self.options.schedule.factor(images)
+        self.learning_rate = self.options.optimizer.learning_rate * self.options.schedule.factor(images)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        turn.norm = self._step()
-        turn.learning_rate = rate
-        self._agree_on_statistics()
+            group["lr"] = self.learning_rate
+        turn.norm, bad = self._step()
+        self._agree_on_statistics(bad)
         self._average(images + batch, batch)
 
     @torch.no_grad()
-    def _step(self) -> Tensor:
-        """Steps unless a gradient is not finite; returns the norm before clipping. The device is never waited for."""
+    def _step(self) -> tuple[Tensor, Tensor]:
+        """Steps unless a gradient is not finite; returns the norm before clipping, and 1 where it did not step.
+
+        The device is never waited for.
+        """
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -211,20 +216,25 @@ class Player:
             self.optimizer.step()
         self.skipped += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
-        return norm
+        return norm, bad
 
     @torch.no_grad()
-    def _agree_on_statistics(self) -> None:
-        """Means the running statistics over ranks, which saw different rows, so that all ranks stay bitwise equal."""
+    def _agree_on_statistics(self, bad: Tensor) -> None:
+        """Means the running statistics over ranks, which saw different rows, so that all ranks stay bitwise equal.
+
+        Where the turn did not step they go back to what they were, since what spoiled the gradient is in them too.
+        """
         if self.ranks > 1 and self._buffers:
             flat = torch.cat([buffer.flatten() for buffer in self._buffers])
             dist.all_reduce(flat)
             flat /= self.ranks
             parts = torch.split(flat, [buffer.numel() for buffer in self._buffers])
             torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(bad.bool(), kept, buffer))
 
     @torch.no_grad()
-    def _average(self, images: int, batch: int) -> None:
+    def _average(self, images: float, batch: float) -> None:
         if self.ema is None or self.options.ema is None:
             return
         weight = 1 - self.options.ema.decay(images, batch)
@@ -265,6 +275,11 @@ class Player:
             found["ema"] = dict(self.ema.state_dict())
         return found
 
+    def restart_average(self) -> None:
+        """The average begins again from the weights."""
+        if self.ema is not None:
+            self.ema.load_state_dict(self.module.state_dict())
+
     def numbers(self) -> dict[str, Any]:
         """The part of the state that is no tensor: the loss scaler's five numbers, where there is one."""
         return dict(self.scaler.state_dict())
@@ -281,7 +296,6 @@ class Turn:
     def __init__(self, player: Player, micro_batches: int) -> None:
         self.player, self.micro_batches, self.left = player, micro_batches, micro_batches
         self.norm = torch.zeros(())
-        self.learning_rate = 0.0
 
     def accumulate(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Yields the micro-batches; all forwards and backwards but the last one's stay local."""

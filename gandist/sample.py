@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,21 +37,21 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
     return game, players
 
 
-def sample(found: checkpoint.Checkpoint, count: int, seed: int, device: torch.device) -> Tensor:
-    """(count, C, H, W) images in −1 … 1 of the average generator, the same for the same seed and checkpoint."""
+def sample(found: checkpoint.Checkpoint, count: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Images (B, C, H, W) in −1 … 1 of the average generator, `count` in all, the same for the same seed and checkpoint."""
     game, players = restored(found, device)
     return game.samples(players, count, seed)
 
 
-def write_images(images: Tensor, out: Path, single: bool) -> list[Path]:
-    """Writes one grid, or each image as a PNG of its own size."""
+def write_images(batches: Iterator[Tensor], out: Path, single: bool) -> list[Path]:
+    """Writes one grid, or each image as a PNG of its own size while the next ones are made."""
     if not single:
         path = out / "grid.png"
-        save_png(grid(images), path)
+        save_png(grid(torch.cat([*batches])), path)
         return [path]
-    paths = []
-    for number, image in enumerate(images):
-        paths.append(out / f"{number:06d}.png")
-        pixels = image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        save_png(pixels, paths[-1])
+    paths: list[Path] = []
+    for batch in batches:
+        for image in batch:
+            paths.append(out / f"{len(paths):06d}.png")
+            save_png(grid(image[None], magnify=False), paths[-1])
     return paths

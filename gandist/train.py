@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import importlib.util
 import platform
 import resource
 import time
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from gandist import checkpoint
 from gandist.data.dataset import Dataset
 from gandist.data.stream import Stream
-from gandist.game import GAMES, Clock, Game, Phase, draws
+from gandist.game import GAMES, Clock, Game, Phase, draws, draws_each_step
 from gandist.launcher import Stop, World, ranks
 from gandist.log import Bar, Log, Meter, grid
 from gandist.player import Player
@@ -51,6 +53,10 @@ def contradictions(source: Source, data: DataOptions | None, game: Any, run: Run
                 ("run", "batch"),
                 f"{run.batch} images cannot be split over {ranks()} processes with {run.accumulate} micro-batches each; "
                 f"use a multiple of {parts}",
+            )
+        if "tensorboard" in run.trackers and importlib.util.find_spec("tensorboard") is None:
+            source.fault(
+                ("run", "trackers"), "tensorboard is not installed; `pip install tensorboard`, or leave it out"
             )
         if spec is not None and run.batch > spec.samples:
             source.fault(("run", "batch"), f"{run.batch} is more than the {spec.samples} samples of the split")
@@ -85,13 +91,17 @@ class Run:
         self.run_id = f"{derive(recipe.run.seed, 'run', time.time_ns()):016x}"
         self.found: checkpoint.Checkpoint | None = None
         self.warnings: list[str] = []
+        self.init_from: str | None = None
         self.seconds = 0.0
+        text = recipe.to_yaml() + self.dataset.digest + world.precision
+        same = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        world.agree("recipe, dataset and precision", int.from_bytes(same, "little"))
         resuming = world.lead(lambda: self._open_folder(init_from))
         self.players = make_players(recipe, self.dataset, world.device, world.precision)
         if resuming:
             self._resume()
         elif init_from is not None:
-            self._start_from(init_from)
+            self._start_from()
         self.resumed_step = self.clock.step if resuming else -1
         self.stream = Stream(
             self.dataset,
@@ -104,6 +114,7 @@ class Run:
             ranks=world.ranks,
             accumulate=recipe.run.accumulate,
             workers=recipe.data.workers,
+            recall=draws_each_step(self.phases),
         )
         self.meter = Meter()
         self.failed_saves = 0
@@ -128,36 +139,51 @@ class Run:
 
     def _open_folder(self, init_from: Path | None) -> int:
         """Takes the folder for this run; 1 where there is a checkpoint to go on from."""
-        checkpoints = self.folder / "checkpoints"
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "recipe.yaml").exists():
-            raise InputError(f"`run.folder`: {self.folder} is not empty and holds no run; name another folder")
-        self.found, self.warnings = checkpoint.newest(checkpoints)
-        if self.found is None and self.warnings:
+        origin = checkpoint.find(init_from) if init_from is not None else None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            begun = (self.folder / "recipe.yaml").exists()
+            if not begun and any(path.name[0] != "." for path in self.folder.iterdir()):
+                raise InputError(f"`run.folder`: {self.folder} is not empty and holds no run; name another folder")
+            self._lock = (self.folder / ".lock").open("w")
+        except OSError as error:
             raise InputError(
-                "\n".join(
-                    [
-                        f"{checkpoints}: no checkpoint verifies, so the run cannot go on:",
-                        *(f"  {w}" for w in self.warnings),
-                        "  restore one of them, or name another `run.folder` to start anew",
-                    ]
-                )
-            )
-        if self.found is not None:
-            if init_from is not None:
-                raise InputError(
-                    f"{self.folder}: has a run already, and --init-from starts a new one; name another `run.folder`"
-                )
-            self._refuse_changes(self.found.state)
-            self.run_id, self.seconds = self.found.state.run_id, self.found.state.seconds
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
+                f"`run.folder`: {error.filename}: {error.strerror}; name a folder that you may write to"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(
                 f"{self.folder}: another process is training there; wait for it, or name another `run.folder`"
             ) from None
-        return int(self.found is not None)
+        except OSError as error:
+            self.warnings.append(
+                f"{self.folder}: this file system has no locks ({error.strerror}): start one run at a time there"
+            )
+        self.found, damaged = checkpoint.newest(self.folder / "checkpoints")
+        if self.found is None and damaged:
+            lines = [f"{self.folder / 'checkpoints'}: no checkpoint verifies, so the run cannot go on:"]
+            lines += [f"  {fault}" for fault in damaged]
+            raise InputError("\n".join([*lines, "  restore one of them, or name another `run.folder` to start anew"]))
+        self.warnings += [f"skipped a checkpoint: {fault}" for fault in damaged]
+        if origin is not None:
+            self.origin, self.init_from = origin, origin.digest
+        if self.found is None:
+            return 0
+        state = self.found.state
+        if origin is not None and state.init_from != origin.digest:
+            raise InputError(
+                f"{self.folder}: has a run already that did not start from {origin.folder}, and --init-from starts a new one; "
+                "name another `run.folder`"
+            )
+        self._refuse_changes(state)
+        self.run_id, self.seconds, self.init_from = state.run_id, state.seconds, state.init_from
+        if state.ranks != self.world.ranks:
+            self.warnings.append(
+                f"{self.folder}: was saved by {state.ranks} processes and goes on with {self.world.ranks}: the same samples and "
+                "noise, and another rounding; networks with batch statistics see other batches"
+            )
+        return 1
 
     def _refuse_changes(self, state: checkpoint.State) -> None:
         now = checkpoint.as_json(self.decisive)
@@ -212,24 +238,24 @@ class Run:
                 {key: type(old)(new) for (key, old), new in zip(numbers.items(), values.tolist(), strict=True)}
             )
 
-    def _start_from(self, path: Path) -> None:
-        """Old weights, new everything else; the EMA starts from the old average, or from the weights."""
-        files = {name: tensors for name, tensors in self._files().items() if not name.endswith(".optimizer")}
+    def _start_from(self) -> None:
+        """Old weights, new everything else: the averages begin again from the weights."""
+        files = {name: tensors for name, tensors in self._files().items() if name in self.players}
 
         def restore() -> int:
-            found = checkpoint.find(path)
             for name, tensors in files.items():
-                plain = name.removesuffix(".ema")
-                found.restore(name if f"{name}.safetensors" in found.files else plain, tensors)
+                self.origin.restore(name, tensors)
             return 0
 
         self.world.lead(restore)
         self._share(files)
+        for player in self.players.values():
+            player.restart_average()
 
     def _greet(self, resuming: bool) -> None:
         say = self.bar.say
         for warning in self.warnings:
-            say(f"skipped a checkpoint: {warning}")
+            say(warning)
         if resuming:
             say(f"going on at {self.clock.images:,} images from {self.found.folder}" if self.found else "")
         if self.clock.done:
@@ -255,6 +281,7 @@ class Run:
     def _write_row(self) -> None:
         values = self.meter.read()
         for name, player in self.players.items():
+            values[f"learning_rate/{name}"] = player.learning_rate
             values[f"skipped/{name}"] = float(player.skipped)
             if float(player.skipped_in_a_row) >= MAX_SKIPPED:
                 raise Failure(
@@ -280,7 +307,7 @@ class Run:
 
     def _sample(self) -> None:
         if self._log:
-            made = self.game.samples(self.players, SAMPLES, self.recipe.run.seed)
+            made = torch.cat([*self.game.samples(self.players, SAMPLES, self.recipe.run.seed)])
             self._log.picture("samples", grid(made), self.clock.images)
 
     def _save(self, last: bool) -> None:
@@ -292,7 +319,7 @@ class Run:
                 images=self.clock.images,
                 seconds=self.seconds,
                 run_id=self.run_id,
-                dataset=self.dataset.digest,
+                init_from=self.init_from,
                 precision=self.world.precision,
                 ranks=self.world.ranks,
                 spec=self.dataset.spec(self.recipe.data.split),
@@ -339,7 +366,7 @@ def step(run: Run, phases: tuple[Phase, ...]) -> None:
         player = players[phase.player]
         for draw in numbers:
             torch.manual_seed(derive(run.recipe.run.seed, f"hidden/{phase.player}", draw, run.world.rank))
-            with player.turn(clock.images, clock.batch, accumulate) as turn:
+            with player.turn(clock.images, clock.batch / phase.repeat, accumulate) as turn:
                 for batch in turn.accumulate(run.stream.read(draw)):
                     loss, values = phase.loss(players, batch, clock)
                     turn.backward(loss)

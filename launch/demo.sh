@@ -22,6 +22,9 @@ else
     options+=(--multi_gpu --num_processes "$gpus")
 fi
 
+# The recipe's batch is 32; where the GPUs do not divide it, the next multiple.
+[ $((32 % (gpus > 0 ? gpus : 1))) = 0 ] || set -- "run.batch=$(((32 / gpus + 1) * gpus))" "$@"
+
 code=0
 bash launch/node.sh "${options[@]}" -m gandist train configs/demo.yaml "data.path=$data" "run.folder=$run" "$@" || code=$?
 [ "$code" = 0 ] || exit "$code"

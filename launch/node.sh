@@ -33,6 +33,7 @@ stop() {
 set -m # a process group of its own, so that Ctrl-C reaches the processes through stop() alone
 accelerate launch "$@" &
 launcher=$!
+code=1
 trap stop TERM USR1 INT
 
 while kill -0 "$launcher" 2>/dev/null; do

@@ -139,7 +139,7 @@ def test_the_schedule_reaches_the_optimizer() -> None:
         with player.turn(images, 4) as turn:
             turn.backward(player(torch.randn(4, 1, 8, 8)).mean())
         assert player.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
-        assert turn.learning_rate == pytest.approx(rate)
+        assert player.learning_rate == pytest.approx(rate)
 
 
 def test_each_player_has_its_own_scaler_which_backs_off_alone() -> None:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from gandist.data.decode import IMAGE_SUFFIXES, LABEL_SUFFIX, MAX_PIXELS, image_shape, label_number
+from gandist.data.decode import (
+    ENCODED,
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIX,
+    MAX_PIXELS,
+    check_encoded,
+    image_shape,
+    label_number,
+)
 from gandist.data.index import ShardIndex, digest, index_path, scan
 from gandist.recipe import Failure, InputError, Section, suggestion, wording
 
 NAME = "dataset.json"
 Count = Annotated[int, Field(ge=1)]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.tar$")]
+SHARD_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.tar$"
+FileName = Annotated[str, Field(pattern=SHARD_NAME)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -151,16 +161,20 @@ class Dataset:
 class Indexer:
     """Indexes shards and learns what they hold; `finish` writes `dataset.json`."""
 
-    def __init__(self, folder: Path, channels: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, decode: bool = False) -> None:
+        self.folder, self.decode = folder, decode  # every encoded image, once, to its end
         self.sizes: set[tuple[int, int]] = set()
-        self.channels: set[int] = {channels} if channels else set()
+        self.channels: set[int] = set()
         self.labels = 0
         self.classes = 0
         self.samples = 0
 
     def add(self, path: Path, progress: Callable[[int], None] = lambda _: None) -> Shard:
         """Scans one shard, writes its index beside it and returns its record."""
+        if not re.fullmatch(SHARD_NAME, path.name):
+            raise InputError(
+                f"{path}: a shard's name must be letters, digits, '.', '_' and '-', and end with .tar; rename it"
+            )
         rows = []
         for sample in scan(path):
             rows.append((sample.offset, {s: (p, len(d), digest(d)) for s, (p, d) in sample.members.items()}))
@@ -172,6 +186,8 @@ class Indexer:
                 )
             try:
                 height, width, channels = image_shape(sample.members[images[0]][1], images[0])
+                if self.decode and images[0] in ENCODED:
+                    check_encoded(sample.members[images[0]][1], images[0])
                 if LABEL_SUFFIX in sample.members:
                     self.classes = max(self.classes, 1 + label_number(sample.members[LABEL_SUFFIX][1]))
                     self.labels += 1

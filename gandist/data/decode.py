@@ -18,6 +18,11 @@ MAX_PIXELS = 1 << 26
 _GREY_MODES = ("1", "L", "LA")
 
 
+def channels_of(image: Image.Image) -> int:
+    """1 for a grey image, 3 for any other; transparency does not count."""
+    return 1 if image.mode in _GREY_MODES else 3
+
+
 @lru_cache(maxsize=1024)
 def _npy_shape(header: bytes) -> tuple[int, ...]:
     """The shape of a version-1 .npy header of uint8 in C order; the same few headers come again and again."""
@@ -57,6 +62,14 @@ def open_encoded(data: bytes | memoryview, suffix: str) -> Image.Image:
     return image
 
 
+def check_encoded(data: bytes | memoryview, suffix: str) -> None:
+    """Decodes an encoded image to its end; raises ValueError when it is damaged, which its header does not tell."""
+    try:
+        open_encoded(data, suffix).load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"cannot be decoded: {error}") from None
+
+
 def image_shape(data: bytes | memoryview, suffix: str) -> tuple[int, int, int]:
     """(height, width, channels) as `image_pixels` will give them, from the header alone; raises ValueError."""
     if suffix == "npy":
@@ -66,7 +79,7 @@ def image_shape(data: bytes | memoryview, suffix: str) -> tuple[int, int, int]:
     width, height = image.size
     if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # the orientations that lie on their side
         width, height = height, width
-    return height, width, 1 if image.mode in _GREY_MODES else 3
+    return height, width, channels_of(image)
 
 
 def to_array(image: Image.Image, channels: int) -> Pixels:
@@ -89,7 +102,7 @@ def image_pixels(data: bytes | memoryview, suffix: str, out: Pixels) -> None:
             pixels = to_array(image, out.shape[2])
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"cannot be decoded: {error}") from None
-    if pixels.shape != out.shape:
+    if pixels.shape != out.shape and pixels.shape != (*out.shape[:2], 1):  # grey spreads over the channels
         raise ValueError(f"has shape {pixels.shape}, and the dataset says {out.shape}")
     out[:] = pixels
 

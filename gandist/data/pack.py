@@ -19,16 +19,25 @@ import webdataset
 from PIL import Image
 
 from gandist.data.dataset import NAME, Dataset, Indexer, Shard
-from gandist.data.decode import ENCODED, LABEL_SUFFIX, MAX_PIXELS, open_encoded, to_array
+from gandist.data.decode import ENCODED, LABEL_SUFFIX, MAX_PIXELS, channels_of, check_encoded, open_encoded, to_array
 from gandist.recipe import InputError, suggestion
 
 EMBEDDED = {"fashion-mnist": Path(__file__).parent / "embedded" / "fashion-mnist"}
 GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SHARD_SAMPLES = 4096
+_UNREAD = ("tif", "tiff", "gif", "heic", "heif", "avif", "jp2", "jxl", "ppm", "pgm", "tga", "psd", "svg")
 _KNOWN = "IDX files (plain or .gz), NPZ files, and folders of images, whose subfolders become classes"
 
 Item = tuple[str, str, bytes, int | None]  # name, suffix of the image, its bytes, class number
-Split = tuple[int, Callable[[], Iterator[Item]]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a source: how many images, how to read them in order, and what tells the source from another."""
+
+    samples: int
+    read: Callable[[], Iterator[Item]]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,15 @@ def _npy(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _array_items(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer] | None) -> Split:
+    digest = hashlib.blake2b(str(images.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(images).data)
+    digest.update(b"" if labels is None else labels.astype("<i8").data)
+
     def read() -> Iterator[Item]:
         for number, pixels in enumerate(images):
             yield "", "npy", _npy(pixels), None if labels is None else int(labels[number])
 
-    return len(images), read
+    return Split(len(images), read, digest.hexdigest())
 
 
 def _check_arrays(where: str, images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic] | None) -> None:
@@ -162,7 +175,10 @@ def _folder_split(folder: Path, files: list[Path], classes: tuple[str, ...]) -> 
             label = classes.index(parts[0]) if classes else None
             yield "-".join(parts), file.suffix[1:].lower(), file.read_bytes(), label
 
-    return len(files), read
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+    return Split(len(files), read, digest.hexdigest())
 
 
 def _folder_images(folder: Path) -> Images:
@@ -170,6 +186,12 @@ def _folder_images(folder: Path) -> Images:
         (file for file in folder.rglob("*") if file.suffix[1:].lower() in ENCODED and file.is_file()),
         key=lambda file: file.relative_to(folder).as_posix(),
     )
+    unread = [file for file in sorted(folder.rglob("*")) if file.suffix[1:].lower() in _UNREAD]
+    if unread:
+        raise InputError(
+            f"{folder}: {len(unread)} images, such as {unread[0].relative_to(folder)}, are in a format that is not read; "
+            f"convert them to one of {', '.join(ENCODED)}, or take them out"
+        )
     if not files:
         raise InputError(f"{folder}: no images in it; known: {_KNOWN}, with the suffixes {', '.join(ENCODED)}")
     tops = {file.relative_to(folder).parts[0] for file in files if len(file.relative_to(folder).parts) > 1}
@@ -189,10 +211,7 @@ def _folder_images(folder: Path) -> Images:
         )
     classes = tuple(sorted(found))
     splits = {name: _folder_split(root, members[name], classes) for name, root in roots.items()}
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
-    return Images({"kind": "folder", "files": len(files), "names_and_sizes": digest.hexdigest()}, splits, classes)
+    return Images({"kind": "folder"}, splits, classes)
 
 
 def open_source(source: str) -> Images:
@@ -222,10 +241,13 @@ def _resized(data: bytes, suffix: str, size: int) -> bytes:
     """The image's central square, at size × size pixels, as .npy."""
     if suffix == "npy":
         pixels = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        image = Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+        if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
+            raise ValueError(f"has {pixels.shape[2]} channels; only images of 1 or 3 channels can be resized")
+        image = Image.fromarray(pixels.squeeze(2) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
     else:
         image = open_encoded(data, suffix)
-    upright = Image.fromarray(to_array(image, 1 if image.mode in ("1", "L", "LA") else 3).squeeze())
+    pixels = to_array(image, channels_of(image))
+    upright = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     side = min(upright.size)
     left, top = (upright.width - side) // 2, (upright.height - side) // 2
     square = upright.crop((left, top, left + side, top + side))
@@ -246,7 +268,7 @@ def _write_shard(path: Path, items: list[Item], first: int, size: int | None) ->
                 if size is not None:
                     suffix, data = "npy", _resized(data, suffix, size)
                 elif suffix in ENCODED:
-                    open_encoded(data, suffix)
+                    check_encoded(data, suffix)
             except (ValueError, OSError, SyntaxError) as error:
                 raise InputError(f"{name or f'image {number}'}: {error}") from None
             sample: dict[str, str | bytes] = {"__key__": _key(number, name), suffix: data}
@@ -271,33 +293,36 @@ def pack(
     if size is not None and not 1 <= size * size <= MAX_PIXELS:
         raise InputError(f"--size {size}: must be from 1 to {int(MAX_PIXELS**0.5)} pixels")
     images = open_source(source)
-    record = {**images.record, "size": size, "shard_samples": shard_samples}
+    digests = {f"digest of {name}": split.digest for name, split in images.splits.items()}
+    record = {**images.record, **digests, "size": size, "shard_samples": shard_samples}
     if (out / NAME).exists():
         dataset = Dataset(out)
-        counts = {name: sum(s.samples for s in shards) for name, shards in dataset.manifest.splits.items()}
-        if dataset.manifest.source == record and counts == {name: count for name, (count, _) in images.splits.items()}:
-            for split in counts:
-                dataset.check_sizes(split)
+        if dataset.manifest.source == record:
+            for name in dataset.manifest.splits:
+                dataset.check_sizes(name)
             return dataset, False
         raise InputError(f"{out}: holds another dataset ({NAME} tells which); choose another folder or delete that one")
     if out.exists() and (strange := [p.name for p in out.iterdir() if p.suffix not in (".tar", ".idx", ".tmp")]):
         raise InputError(f"{out}: is not empty: it holds {sorted(strange)[0]!r}; choose an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made: {error.strerror}; choose a folder that you may write to") from None
 
     indexer = Indexer(out)
-    total = sum(count for count, _ in images.splits.values())
+    total = sum(split.samples for split in images.splits.values())
     done = 0
     splits: dict[str, tuple[Shard, ...]] = {}
-    for split, (_, read) in images.splits.items():
+    for name, split in images.splits.items():
         shards: list[Shard] = []
-        first, items = 0, read()
+        first, items = 0, split.read()
         while chunk := list(islice(items, shard_samples)):
-            path = out / f"{split}-{len(shards):06d}.tar"
+            path = out / f"{name}-{len(shards):06d}.tar"
             _write_shard(path, chunk, first, size)
             shards.append(indexer.add(path))
             first, done = first + len(chunk), done + len(chunk)
             progress(done, total)
-        splits[split] = tuple(shards)
+        splits[name] = tuple(shards)
     return indexer.finish(splits, record, images.names), True
 
 
@@ -309,6 +334,6 @@ def index(paths: list[Path], *, split: str = "train", progress: Callable[[int], 
     (folder,) = folders
     if (folder / NAME).exists():
         raise InputError(f"{folder / NAME}: exists; delete it to index the folder anew")
-    indexer = Indexer(folder)
+    indexer = Indexer(folder, decode=True)
     shards = tuple(indexer.add(path, progress) for path in sorted(paths))
     return indexer.finish({split: shards}, {"kind": "shards"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Stream:
         ranks: int = 1,
         accumulate: int = 1,
         workers: int = 2,
+        recall: int = 1,
     ) -> None:
         assert set(parts) <= set(PARTS), parts
         assert batch % (ranks * accumulate) == 0, (batch, ranks, accumulate)
@@ -74,7 +76,8 @@ class Stream:
         self._ahead = max(2, workers)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="stream")
         self._pending: dict[int, Future[dict[str, Tensor]]] = {}
-        self._current: tuple[int, list[Batch]] = (-1, [])
+        self._recent: OrderedDict[int, list[Batch]] = OrderedDict()
+        self._recall = recall  # draws that may be read again without a second load: those of one step
 
     def numbers(self, draw: int, rows: range | None = None) -> list[int]:
         """The sample numbers of a draw, of this process's rows or of any others."""
@@ -106,8 +109,8 @@ class Stream:
 
     def read(self, draw: int) -> list[Batch]:
         """The micro-batches of a draw, on the device; asks for the following draws in the background."""
-        if self._current[0] == draw:
-            return self._current[1]
+        if draw in self._recent:
+            return self._recent[draw]
         for old in [known for known in self._pending if not draw <= known <= draw + self._ahead]:
             self._pending.pop(old).cancel()
         for ahead in range(draw, draw + self._ahead + 1):
@@ -116,8 +119,10 @@ class Stream:
         began = time.perf_counter()
         loaded = self._pending.pop(draw).result()
         self.waited += time.perf_counter() - began
-        self._current = (draw, self._split(draw, loaded))
-        return self._current[1]
+        self._recent[draw] = self._split(draw, loaded)
+        while len(self._recent) > self._recall:
+            self._recent.popitem(last=False)
+        return self._recent[draw]
 
     def _split(self, draw: int, loaded: dict[str, Tensor]) -> list[Batch]:
         parts = {name: tensor.to(self.device, non_blocking=True) for name, tensor in loaded.items()}

@@ -86,16 +86,14 @@ class Gan(Game):
         loss = ADVERSARIAL[self.loss].generator(players["discriminator"](fake))
         return loss, {"loss/generator/adversarial": loss.detach()}
 
-    def samples(self, players: Players, count: int, seed: int) -> Tensor:
+    def samples(self, players: Players, count: int, seed: int) -> Iterator[Tensor]:
         generator = players["generator"]
-        made = []
         with generator.evaluating() as module:
             for first in range(0, count, 64):
                 rows = min(64, count - first)
                 source = torch.Generator(generator.device).manual_seed(derive(seed, "samples", first))
                 noise = torch.randn(64, self.noise, generator=source, device=generator.device)
-                made.append(module(noise)[:rows].float().cpu())
-        return torch.cat(made)
+                yield module(noise)[:rows].float().cpu()
 
 
 def judge(discriminator: Player, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
