@@ -286,3 +286,45 @@ main()
             [sys.executable, script, *map(str, words)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(trained: Path) -> None:
+    found = checkpoint.Checkpoint(last(trained))
+    flip(last(trained))
+    files = {"generator": {"w": torch.ones(2)}}
+    for images in (96, 112, 128):
+        checkpoint.save(trained / "checkpoints", found.state.model_copy(update={"images": images}), files, 2)
+    valid = []
+    for folder in checkpoint.folders(trained / "checkpoints"):
+        try:
+            valid.append(checkpoint.Checkpoint(folder).state.images)
+        except Failure:
+            assert folder.name == "images_000000160"
+    assert valid == [128, 112]
+
+
+def test_a_record_that_cannot_be_written_costs_rows_and_not_the_run(
+    gandist: Callable, recipe: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    (tmp_path / "run" / "log.jsonl").symlink_to("/dev/full")
+    (tmp_path / "run" / "samples").write_text("a file where a folder belongs")
+    result = gandist("train", recipe(), "run.sample_images=80")
+    assert result.code == 0, result.err
+    assert result.err.count("rows are lost from here on") == 1
+    assert "the picture is lost" in result.err
+    assert checkpoint.find(tmp_path / "run").state.images == 160
+
+
+def test_a_disk_that_fails_at_the_end_is_told_without_a_traceback(
+    gandist: Callable, recipe: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    (tmp_path / "run" / "checkpoints").symlink_to("/proc/self/fd")  # exists, and takes no folder
+    result = gandist("train", recipe(), "run.save_images=80")
+    assert result.code == 1
+    assert "checkpoint at 80 images failed" in result.err
+    assert "could not be written" in result.err
+    assert "Traceback" not in result.err

@@ -183,3 +183,55 @@ def test_nothing_but_plain_files_is_indexed(gandist: Callable, tmp_path: Path) -
     result = gandist("index", path)
     assert result.code == 2
     assert "at byte 0: 'a.png' is not a plain file" in result.err
+
+
+def test_grey_photos_among_coloured_ones_are_read_with_their_channels(photos: Path, tmp_path: Path) -> None:
+    dataset, _ = pack(str(photos), tmp_path / "out", size=16)
+    stream = Stream(dataset, "train", parts=("image", "label"), batch=20, seed=0, device=CPU)
+    loaded = stream.load(0)
+    assert loaded["image"].shape == (20, 16, 16, 3)
+    grey = (loaded["image"][..., 0] == loaded["image"][..., 2]).flatten(1).all(1)
+    assert grey.sum() == 4  # the four photos in mode L
+    stream.close()
+
+
+def test_another_source_of_the_same_kind_and_count_is_not_taken_for_the_same(gandist: Callable, tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b")):
+        np.savez(tmp_path / f"{name}.npz", images=np.full((20, 8, 8), number, np.uint8))
+    assert gandist("pack", tmp_path / "a.npz", tmp_path / "out").code == 0
+    result = gandist("pack", tmp_path / "b.npz", tmp_path / "out")
+    assert result.code == 2
+    assert "holds another dataset" in result.err
+
+
+def test_a_photo_that_is_cut_off_is_refused_by_name_before_it_is_trained_on(
+    gandist: Callable, photos: Path, tmp_path: Path
+) -> None:
+    photo = next(photos.rglob("*.jpg"))
+    data = photo.read_bytes()
+    photo.write_bytes(data[: len(data) * 3 // 4])
+    result = gandist("pack", photos, tmp_path / "out")
+    assert result.code == 2
+    assert photo.name in result.err
+    assert "truncated" in result.err
+    with webdataset.ShardWriter(str(tmp_path / "s-%03d.tar"), verbose=0) as sink:
+        sink.write({"__key__": "k", "jpg": data[: len(data) * 3 // 4]})
+    assert "sample 'k' cannot be decoded" in gandist("index", tmp_path / "s-000.tar").err
+
+
+def test_images_in_a_format_that_is_not_read_are_not_left_out_in_silence(
+    gandist: Callable, photos: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (9, 9)).save(photos / "cats" / "scan.tiff")
+    result = gandist("pack", photos, tmp_path / "out")
+    assert result.code == 2
+    assert "1 images, such as cats/scan.tiff, are in a format that is not read" in result.err
+
+
+def test_a_place_that_cannot_be_written_is_named_without_a_traceback(
+    gandist: Callable, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    result = gandist("pack", photos, tmp_path / "file" / "out")
+    assert result.code == 2
+    assert "cannot be made" in result.err

@@ -177,3 +177,16 @@ def test_samples_come_from_the_average_in_evaluation_mode_and_leave_no_trace() -
     assert same(state(player), before)
     norms = [m for m in without.module.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(m.track_running_stats for m in norms)  # frozen again
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_spoils_a_gradient_does_not_stay_in_the_statistics(precision: str) -> None:
+    player = make("batch", precision, ema=EmaOptions())
+    before = state(player)
+    with player.turn(0, 4) as turn:
+        turn.backward(player(torch.full((4, 1, 8, 8), float("inf"))).float().mean())
+    assert float(player.skipped) == 1
+    after = state(player)
+    for name, value in before.items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, after[name]), name

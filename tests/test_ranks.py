@@ -14,7 +14,9 @@ from gandist import checkpoint
 from gandist.data.dataset import Dataset
 from gandist.data.stream import Stream
 from gandist.game import GAMES, Clock, Game, draws
+from gandist.launcher import World
 from gandist.player import Player
+from gandist.recipe import InputError
 from gandist.seeding import derive
 
 NETWORKS = {
@@ -110,3 +112,39 @@ def test_a_step_of_two_ranks_moves_as_one_process_does(fashion: Path) -> None:
             if "exp_avg_sq" not in name:  # the first moment is the gradient itself, times 1 − β1
                 tolerance = 1e-7 + 1e-4 * single[name].abs().max() if "exp_avg" in name else 1e-3
                 assert (value - single[name]).abs().max() < tolerance, name
+
+
+def _agree(numbers: list[int]) -> str:
+    world = World(torch.device("cpu"), dist.get_rank(), dist.get_world_size(), "fp32", "")
+    try:
+        world.agree("data", numbers[world.rank])
+    except InputError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_ranks_that_differ_in_what_they_train_on_all_refuse() -> None:
+    assert on_ranks(2, _agree, [7, 7]) == ["agreed", "agreed"]
+    first, second = on_ranks(2, _agree, [7, 8])
+    assert "another rank differs" in first
+    assert "rank 1 differs from rank 0" in second
+
+
+def _lead(outcome: str) -> object:
+    world = World(torch.device("cpu"), dist.get_rank(), dist.get_world_size(), "fp32", "")
+
+    def act() -> int:
+        if outcome == "input":
+            raise InputError("wrong")
+        return 41 if outcome == "fine" else [][1]
+
+    try:
+        return world.lead(act) + 1
+    except (InputError, IndexError, SystemExit) as error:
+        return f"{type(error).__name__} {error}"
+
+
+def test_what_rank_0_meets_ends_every_rank_and_is_told_once() -> None:
+    assert on_ranks(2, _lead, "fine") == [42, 42]
+    assert on_ranks(2, _lead, "input") == ["InputError wrong", "SystemExit 2"]
+    assert on_ranks(2, _lead, "bug") == ["IndexError list index out of range", "SystemExit 1"]

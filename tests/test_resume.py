@@ -207,3 +207,47 @@ def test_two_processes_do_not_train_in_one_folder(recipe: Callable, tmp_path: Pa
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert first.returncode == 75
+
+
+def test_a_failed_start_leaves_a_folder_that_can_be_used(gandist: Callable, recipe: Callable, tmp_path: Path) -> None:
+    wrong = gandist("train", recipe(), "--init-from", tmp_path / "typo")
+    assert wrong.code == 2
+    assert "name a run folder" in wrong.err
+    assert not (tmp_path / "run").exists()
+    other = recipe("other", generator="{kind: mlp, width: 16}")
+    assert gandist("train", other, "run.images=16").code == 0
+    mismatch = gandist("train", recipe(), "--init-from", tmp_path / "other")
+    assert mismatch.code == 1
+    assert "and the network has" in mismatch.err
+    assert gandist("train", recipe()).code == 0
+
+
+def test_the_same_command_resumes_a_run_that_started_from_old_weights(
+    gandist: Callable, recipe: Callable, tmp_path: Path
+) -> None:
+    assert gandist("train", recipe(), "run.images=32").code == 0
+    words = ["train", recipe("new"), "--init-from", tmp_path / "run"]
+    assert gandist(*words, "run.images=80").code == 0
+    second = gandist(*words)
+    assert second.code == 0
+    assert "going on at 80 images" in second.err
+    straight = ["train", recipe("straight"), "--init-from", tmp_path / "run"]
+    assert gandist(*straight).code == 0
+    assert final(tmp_path / "new") == final(tmp_path / "straight")
+    assert gandist("train", recipe("new"), "run.images=320", "--init-from", tmp_path / "straight").code == 2
+
+
+def test_going_on_with_another_number_of_processes_is_said(recipe: Callable, tmp_path: Path) -> None:
+    assert run("train", recipe(), "run.images=80", ranks=2).code == 0
+    result = run("train", recipe())
+    assert result.code == 0
+    assert "was saved by 2 processes and goes on with 1" in result.out
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(gandist: Callable, recipe: Callable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        result = gandist("train", recipe(), f"run.folder={folder}")
+        assert result.code == 2
+        assert "`run.folder`" in result.err
+        assert "Traceback" not in result.err

@@ -184,3 +184,17 @@ def test_an_index_from_a_stranger_cannot_ask_for_bytes_beyond_the_shard(copy: Pa
     path.write_bytes(forged.to_bytes()[:-9])
     with pytest.raises(Failure, match="damaged index"):
         Reader(Dataset(copy), "train")
+
+
+def test_a_draw_that_several_phases_share_is_loaded_once(fashion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Algorithm 1 with k = 3: the generator reads the step's first draw again."""
+    stream = Stream(Dataset(fashion), "train", parts=("image",), batch=24, seed=5, device=CPU, recall=3)
+    loaded: list[int] = []
+    load = stream.load
+    monkeypatch.setattr(stream, "load", lambda draw: loaded.append(draw) or load(draw))
+    for step in range(6):
+        for draw in (3 * step, 3 * step + 1, 3 * step + 2, 3 * step):
+            stream.read(draw)
+    stream.close()
+    assert len(loaded) == len(set(loaded))
+    assert set(range(18)) <= set(loaded)

@@ -243,3 +243,73 @@ def test_a_two_process_run_reports_two_processes(recipe, tmp_path: Path) -> None
     result = run("train", recipe(), "run.images=32", ranks=2)
     assert result.code == 0
     assert "2 processes on cpu" in result.out
+
+
+def _accumulated() -> list[bool]:
+    """Whether two players' gradients were synchronised in each of two steps of `accumulate(D)`, `accumulate(G)`."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    players = [accelerator.prepare_model(_linear()) for _ in range(2)]
+    found = []
+    for _ in range(2):
+        for player in players:
+            with accelerator.accumulate(player):
+                found.append(accelerator.sync_gradients)
+    return found
+
+
+def test_accelerates_accumulate_counts_both_players_together() -> None:
+    """So of two steps the discriminator never synchronises, and the generator always does."""
+    assert on_ranks(2, _accumulated) == [[False, True, False, True]] * 2
+
+
+def test_one_scaler_for_two_players_counts_every_step_twice() -> None:
+    shared = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    optimizers = [torch.optim.SGD(_linear().parameters(), lr=0.1) for _ in range(2)]
+    for optimizer in optimizers:
+        shared.scale(optimizer.param_groups[0]["params"][0].sum()).backward()
+        shared.step(optimizer)
+        shared.update()
+    assert shared.get_scale() == 2048.0  # after one step of the game; two were asked for
+    players = [Player(name, _linear(), PlayerOptions(), device=CPU, precision="fp16") for name in "dg"]
+    scales = [player.scaler.get_scale() for player in players]
+    for player in players:
+        with player.turn(0, 1) as turn:
+            turn.backward(0.1 * player(torch.ones(1, 3)).float().sum())
+        assert player.scaler.state_dict()["_growth_tracker"] == 1
+    assert [player.scaler.get_scale() for player in players] == scales
+
+
+def _prepared_frozen() -> str:
+    try:
+        accelerate.Accelerator(cpu=True).prepare_model(_linear().requires_grad_(False))
+    except RuntimeError as error:
+        return str(error)
+    return "prepared"
+
+
+def test_accelerate_cannot_prepare_a_frozen_network() -> None:
+    assert all("not needed" in str(message) for message in on_ranks(2, _prepared_frozen))
+
+
+def _half_lost(shards: list[str]) -> list[int]:
+    data = webdataset.WebDataset(shards, nodesplitter=webdataset.split_by_node, shardshuffle=False)
+    loader = torch.utils.data.DataLoader(data.map(lambda sample: int(sample["__key__"])), batch_size=4, num_workers=0)
+    prepared = accelerate.Accelerator(cpu=True).prepare(loader)
+    return [int(key) for batch in prepared for key in batch]
+
+
+def test_a_prepared_loader_of_split_shards_loses_half_the_data_and_the_stream_loses_none(tmp_path: Path) -> None:
+    from gandist.data import order
+    from gandist.data.pack import pack
+
+    np.savez(tmp_path / "x.npz", images=np.zeros((160, 8, 8), np.uint8))
+    pack(str(tmp_path / "x.npz"), tmp_path / "x", shard_samples=20)
+    shards = [str(path) for path in sorted((tmp_path / "x").glob("*.tar"))]
+    read = on_ranks(2, _half_lost, shards)
+    assert len({key for keys in read for key in keys}) == 80  # of 160, and no error
+    ours = [
+        order.samples(draw, range(8 * rank, 8 * rank + 8), batch=16, length=160, seed=0)
+        for draw in range(10)
+        for rank in (0, 1)
+    ]
+    assert sorted(np.concatenate(ours)) == list(range(160))
