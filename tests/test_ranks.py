@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import on_ranks, run
+from conftest import on_ranks, rows, run
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,6 +37,9 @@ def test_one_and_two_processes_give_the_same_parameters(recipe: Callable, tmp_pa
         assert run("train", path, *options, *more, ranks=ranks).code == 0
         found.append(checkpoint.find(tmp_path / name))
     assert found[1].state.ranks == 2
+    one, two, split = (rows(tmp_path / name)[0] for name in ("one", "two", "split"))
+    for key in ("loss/generator/adversarial", "loss/discriminator/real", "logits/fake", "grad_norm/generator"):
+        assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-4) == pytest.approx(split[key], rel=1e-3, abs=1e-4)
     for name in ("generator", "generator.ema", "discriminator"):
         one, two, split = (f.tensors(name) for f in found)
         for key in one:
