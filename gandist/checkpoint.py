@@ -162,6 +162,8 @@ def find(path: Path) -> Checkpoint:
     """The checkpoint at `path`, or the newest valid one of the run at `path`; raises InputError or Failure."""
     if (path / MANIFEST).exists() or _FOLDER.fullmatch(path.name):
         return Checkpoint(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: does not exist; name a run folder or one of its checkpoints/images_…")
     found, faults = newest(path / "checkpoints")
     if found is None:
         if faults:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gandist.recipe import Failure, InputError
+
+STOPPED = 75
 
 app = typer.Typer(
     name="gandist",
@@ -24,6 +27,20 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, such as configs/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="such as run.images=1000000")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or one of its checkpoints/images_…")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"gandist {version('gandist')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None: ...
 
 
 def _bar(what: str) -> Progress:
@@ -54,7 +71,10 @@ def _describe_dataset(dataset: Any) -> None:
         [
             ("dataset", str(dataset.folder)),
             *(
-                (f"split {n}", f"{sum(s.samples for s in shards):,} samples in {len(shards)} shards")
+                (
+                    f"split {n}",
+                    f"{sum(s.samples for s in shards):,} samples in {len(shards)} shard{'s' * (len(shards) > 1)}",
+                )
                 for n, shards in manifest.splits.items()
             ),
             ("images", f"{size}, {image.channels} channel{'s' * (image.channels > 1)}"),
@@ -67,15 +87,25 @@ def _describe_dataset(dataset: Any) -> None:
 @app.command()
 def pack(
     source: Annotated[
-        str, typer.Argument(help="a folder of images or of IDX files, an IDX or NPZ file, or embedded:fashion-mnist")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="a folder of images or of IDX files, an IDX or NPZ file, or embedded:fashion-mnist"
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="the dataset folder to make")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the dataset folder to make")],
     size: Annotated[
         int | None, typer.Option(help="cut out the central square and resize it to SIZE pixels a side")
     ] = None,
     shard_samples: Annotated[int, typer.Option(min=1, help="samples of a shard")] = 4096,
 ) -> None:
-    """Turn images into shards with an index; the same input gives the same bytes."""
+    """Turn images into shards with an index; the same input gives the same bytes.
+
+    Folders: png, jpg, jpeg, webp and bmp files are stored as they are; subfolders become classes, in alphabetical order, or
+    splits where they are called train, test and validation. NPZ files: uint8 arrays `images` and `labels`, or `x_train`, `y_train`,
+    `x_test`, `y_test`; (N, H, W) or (N, H, W, C). IDX files: images with their labels beside them, plain or gzipped.
+
+    A generator makes images of one size: give --size unless all images have the same.
+    """
     from gandist.data import pack as packing
 
     with _bar("packing") as bar:
@@ -111,10 +141,13 @@ def index(
         task = bar.add_task("", total=None)
         dataset = packing.index(shards, split=split, progress=lambda done: bar.advance(task, done))
     _describe_dataset(dataset)
+    print(f"\ntrain on it:  gandist train RECIPE data.path={dataset.folder}")
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="a dataset folder, a run folder, or one checkpoint")]) -> None:
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a dataset folder, a run folder, or one checkpoint")],
+) -> None:
     """Check a dataset or a checkpoint to the last byte; exit code 1 names the fault."""
     from gandist import checkpoint
     from gandist.data.dataset import NAME, Dataset
@@ -130,10 +163,11 @@ def verify(path: Annotated[Path, typer.Argument(help="a dataset folder, a run fo
         except InputError as error:
             raise Failure(str(error)) from None
         _describe_dataset(dataset)
+        print("every byte is as it was packed")
         return
     root = path / "checkpoints"
     paths = checkpoint.folders(root) if root.is_dir() else [path]
-    if not paths or not paths[0].is_dir():
+    if not paths or not (root.is_dir() or (path / checkpoint.MANIFEST).exists() or path.name.startswith("images_")):
         raise InputError(f"{path}: neither a dataset, nor a run with checkpoints, nor a checkpoint")
     faults = []
     for folder in paths:
@@ -142,7 +176,7 @@ def verify(path: Annotated[Path, typer.Argument(help="a dataset folder, a run fo
             for name in found.files:
                 if name.endswith(".safetensors"):
                     found.tensors(name.removesuffix(".safetensors"))
-            print(f"{folder}  {found.state.images:,} images  {found.digest}")
+            print(f"{folder}  {found.state.images:,} images  sound  {found.digest}")
         except Failure as fault:
             faults.append(str(fault))
     if faults:
@@ -166,7 +200,7 @@ def describe(recipe: RecipeFile, overrides: Overrides = None) -> None:
     rows = [
         (
             name,
-            f"{p.parameters:,} parameters, {p.forward_flops / 1e6:,.1f} MFLOP forward an image, {p.state_bytes / 2**20:,.1f} MiB of weights, gradients and averages",
+            f"{p.parameters:,} parameters, {p.forward_flops / 1e6:,.1f} MFLOP forward an image, {p.state_bytes / 2**20:,.1f} MiB of weights, gradients, moments and averages",
         )
         for name, p in players.items()
     ]
@@ -191,7 +225,10 @@ def inspect(
     world_size: Annotated[int, typer.Option(min=1, help="processes to divide each draw over")] = 1,
     out: Annotated[Path, typer.Option(help="where the contact sheet goes")] = Path("inspect.png"),
 ) -> None:
-    """Print the keys of the samples that each process reads, and draw what the players see."""
+    """Print the keys of the samples that each process reads, and draw what the players see.
+
+    A draw is one global batch: `run.batch` samples in the order of training. The contact sheet shows the first 64 images.
+    """
     from gandist.inspection import inspect as look
     from gandist.train import read_recipe
 
@@ -207,7 +244,10 @@ def train(
         Path | None, typer.Option(help="start a new run from the weights of this run or checkpoint")
     ] = None,
 ) -> None:
-    """Train, or go on: the same command resumes from the newest valid checkpoint."""
+    """Train, or go on: the same command resumes from the newest valid checkpoint.
+
+    Ctrl-C, SIGTERM or SIGUSR1 write a checkpoint and exit with 75. Other exit codes: 0 done, 1 failed, 2 the input is at fault.
+    """
     from gandist.launcher import World
     from gandist.train import read_recipe
     from gandist.train import train as run
@@ -246,6 +286,7 @@ def sample(
 def main() -> None:
     """Runs a verb; exit codes: 0 done, 1 failed, 2 the input is at fault, 75 stopped on request with a checkpoint."""
     code: str | int | None = 1
+    note = os.environ.get("GANDIST_EXIT_FILE")
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # one voice a machine
     try:
         app()
@@ -262,6 +303,7 @@ def main() -> None:
             raise
         print(f"gandist: {error.filename}: {error.strerror}", file=sys.stderr)
     finally:
-        if first and (note := os.environ.get("GANDIST_EXIT_FILE")):
+        if first and note:
             Path(note).write_text(str(code))  # launch/node.sh hands it on: launchers exit 1 whatever their ranks return
-    sys.exit(code)
+    # With the note written, an orderly stop of all ranks is no failure that the launcher need print a traceback for.
+    sys.exit(0 if note and code == STOPPED else code)

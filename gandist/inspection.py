@@ -21,8 +21,12 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
     match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", draws)
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"--draws {draws!r}: must be A:B with A less than B, such as 0:4")
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: must end with .png")
     if recipe.run.batch % (world_size * recipe.run.accumulate):
-        raise InputError(f"`run.batch`: {recipe.run.batch} images cannot be split over {world_size} processes")
+        raise InputError(
+            f"`run.batch`: {recipe.run.batch} images cannot be split over {world_size} processes; use a multiple of {world_size * recipe.run.accumulate}"
+        )
     dataset = Dataset(Path(recipe.data.path))
     shown: list[torch.Tensor] = []
     stream = Stream(

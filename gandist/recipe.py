@@ -143,6 +143,9 @@ class Source:
         """Notes a fault of the key at `location` with the line or override that set it."""
         keys = tuple(str(part) for part in location)
         place = next((self.places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in self.places), "")
+        # A fault of a whole section may lie in what overrides put into it.
+        below = [p for known, p in self.places.items() if known[: len(keys)] == keys and known != keys]
+        place = " with ".join(dict.fromkeys([place, *(p for p in below if p.startswith("override"))]))
         name = ".".join(keys)
         self.faults.append(": ".join(part for part in (place, f"`{name}`" if name else "", message) if part))
 

@@ -59,7 +59,10 @@ def contradictions(source: Source, data: DataOptions | None, game: Any, run: Run
                 ("run", "trackers"), "tensorboard is not installed; `pip install tensorboard`, or leave it out"
             )
         if spec is not None and run.batch > spec.samples:
-            source.fault(("run", "batch"), f"{run.batch} is more than the {spec.samples} samples of the split")
+            source.fault(
+                ("run", "batch"),
+                f"{run.batch} is more than the {spec.samples} samples of the split; use at most {spec.samples}",
+            )
 
 
 def read_recipe(path: Path, overrides: list[str]) -> Recipe:
@@ -164,7 +167,7 @@ class Run:
         if self.found is None and damaged:
             lines = [f"{self.folder / 'checkpoints'}: no checkpoint verifies, so the run cannot go on:"]
             lines += [f"  {fault}" for fault in damaged]
-            raise InputError("\n".join([*lines, "  restore one of them, or name another `run.folder` to start anew"]))
+            raise Failure("\n".join([*lines, "  restore one of them, or name another `run.folder` to start anew"]))
         self.warnings += [f"skipped a checkpoint: {fault}" for fault in damaged]
         if origin is not None:
             self.origin, self.init_from = origin, origin.digest
@@ -190,8 +193,10 @@ class Run:
         changes = [
             f"  `{key}`: {state.decisive.get(key, '(absent)')} → {now.get(key, '(absent)')}"
             for key in sorted(now.keys() | state.decisive.keys())
-            if now.get(key) != state.decisive.get(key)
+            if now.get(key) != state.decisive.get(key) and key != "data"
         ]
+        if now["data"] != state.decisive.get("data"):
+            changes.append(f"  `data.path`: {self.recipe.data.path} is not the dataset that it was begun with")
         if changes:
             raise InputError(
                 "\n".join(
@@ -258,10 +263,10 @@ class Run:
             say(warning)
         if resuming:
             say(f"going on at {self.clock.images:,} images from {self.found.folder}" if self.found else "")
-        if self.clock.done:
-            say(f"all {self.recipe.run.images:,} images are done; a larger `run.images` trains on")
         where = "1 process" if self.world.ranks == 1 else f"{self.world.ranks} processes"
         say(f"{self.folder}: {where} on {self.world.device.type}, {self.world.precision} ({self.world.reason})")
+        if self.clock.done:
+            say(f"all {self.recipe.run.images:,} images are done; a larger `run.images` trains on")
 
     # ---- while it runs
 
@@ -386,7 +391,11 @@ def train(recipe: Recipe, world: World, init_from: Path | None = None) -> int:
             step(run, run.phases)
             run.clock.advance()
         if not run.clock.done:
-            run.bar.say(f"stopped at {run.clock.images:,} images on request; the same command goes on from here")
+            run.bar.say(
+                f"stopped at {run.clock.images:,} images on request; a checkpoint is saved, and the same command goes on"
+            )
+        elif run.clock.step != run.resumed_step:
+            run.bar.say(f"done: {run.clock.images:,} images in {run.seconds / 60:.1f} min")
     stop.close()
     return DONE if run.clock.done else STOPPED
 

@@ -3,7 +3,7 @@
 # About 5 minutes on 2 cores, the set-up apart. Run again, it skips what is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/setup.sh
+source launch/setup.sh ""
 
 data=datasets/fashion-mnist run=runs/demo
 gandist pack embedded:fashion-mnist "$data"

@@ -7,6 +7,11 @@
 # SIGUSR1 and Ctrl-C let the processes write one checkpoint, and 75 says that they did; 0, 1 and 2 come through as well.
 set -u
 
+if ! command -v accelerate >/dev/null; then
+    PATH="$(dirname "$0")/../.venv/bin:$PATH"
+    command -v accelerate >/dev/null || { echo "node.sh: no \`accelerate\`; activate the environment that has gandist" >&2; exit 2; }
+fi
+
 GANDIST_EXIT_FILE=$(mktemp)
 export GANDIST_EXIT_FILE
 trap 'rm -f "$GANDIST_EXIT_FILE"' EXIT

@@ -1,6 +1,7 @@
-# Sourced by the other scripts, from the root of the project: `source launch/setup.sh [EXTRA]`.
+# Sourced by the other scripts, from the root of the project, with the extra to install, or "": `source launch/setup.sh ""`.
+# (Without an argument it would see the script's own ones.)
 # Makes .venv with the pinned dependencies and activates it; does nothing where that is done. PYTHON names another Python.
-extra=${1:-}
+extra=$1
 setup_stamp=".venv/.installed${extra:+-$extra}"
 setup_want=$(cat pyproject.toml constraints.txt | cksum)
 

@@ -53,7 +53,9 @@ def open_encoded(data: bytes | memoryview, suffix: str) -> Image.Image:
     """A Pillow image whose header has been read and whose size is within bounds; no pixels are decoded yet."""
     try:
         image = Image.open(io.BytesIO(data), formats=[ENCODED[suffix]])
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        raise ValueError(f"is not a {ENCODED[suffix]} image") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"is not a {ENCODED[suffix]} image: {error}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"has {image.width}×{image.height} pixels; the limit is {MAX_PIXELS}")

@@ -60,6 +60,8 @@ def scan(shard: Path) -> Iterator[Sample]:
     def refuse(offset: int, rule: str) -> InputError:
         return InputError(f"{shard}: at byte {offset}: {rule}")
 
+    if shard.is_dir():
+        raise InputError(f"{shard}: is a folder; name its shards, such as {shard}/*.tar")
     seen: set[str] = set()
     current: Sample | None = None
     end = 0

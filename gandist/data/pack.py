@@ -28,7 +28,7 @@ SHARD_SAMPLES = 4096
 _UNREAD = ("tif", "tiff", "gif", "heic", "heif", "avif", "jp2", "jxl", "ppm", "pgm", "tga", "psd", "svg")
 _KNOWN = "IDX files (plain or .gz), NPZ files, and folders of images, whose subfolders become classes"
 
-Item = tuple[str, str, bytes, int | None]  # name, suffix of the image, its bytes, class number
+Item = tuple[str, str, bytes, int | None]  # path in the source, suffix of the image, its bytes, class number
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _folder_split(folder: Path, files: list[Path], classes: tuple[str, ...]) -> 
         for file in files:
             parts = file.relative_to(folder).parts
             label = classes.index(parts[0]) if classes else None
-            yield "-".join(parts), file.suffix[1:].lower(), file.read_bytes(), label
+            yield "/".join(parts), file.suffix[1:].lower(), file.read_bytes(), label
 
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
@@ -234,7 +234,7 @@ def open_source(source: str) -> Images:
         return _idx_images([path])
     if path.suffix == ".npz":
         return _npz_images(path)
-    raise InputError(f"{source}: not a source that is known; known: {_KNOWN}")
+    raise InputError(f"{source}: not a source that is known; known: {_KNOWN} (name the folder, not one image)")
 
 
 def _resized(data: bytes, suffix: str, size: int) -> bytes:
@@ -270,7 +270,10 @@ def _write_shard(path: Path, items: list[Item], first: int, size: int | None) ->
                 elif suffix in ENCODED:
                     check_encoded(data, suffix)
             except (ValueError, OSError, SyntaxError) as error:
-                raise InputError(f"{name or f'image {number}'}: {error}") from None
+                aside.unlink()
+                raise InputError(
+                    f"{name or f'image {number}'} {error}; mend it, or take it out of the source"
+                ) from None
             sample: dict[str, str | bytes] = {"__key__": _key(number, name), suffix: data}
             if label is not None:
                 sample[LABEL_SUFFIX] = str(label).encode()

@@ -49,7 +49,10 @@ class Gan(Game):
 
     def faults(self, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
         if spec.image.height is None:
-            yield ("generator",), "the images of the dataset differ in size; pack them with --size"
+            yield (
+                ("generator",),
+                "the images of `data.path` differ in size, and a generator makes one; pack them with --size",
+            )
         for fault in self.generator.network.faults(spec.image):
             yield ("generator", "network", "kind"), fault
         for fault in self.discriminator.network.faults(spec.image):
