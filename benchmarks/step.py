@@ -25,13 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gandist.check import read_recipe
 from gandist.data.dataset import Dataset
 from gandist.data.pack import pack
 from gandist.data.stream import Stream
 from gandist.game import Game
 from gandist.launcher import Stop, World
 from gandist.player import DTYPES
-from gandist.train import read_recipe, running, step, versions
+from gandist.run import running, versions
+from gandist.train import step
 
 RECIPE = """\
 data: {{path: {data}}}

@@ -186,10 +186,10 @@ def verify(
 @app.command()
 def describe(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Show the resolved recipe, the players, and what a run takes; nothing is trained."""
+    from gandist.check import read_recipe
     from gandist.data.dataset import Dataset
     from gandist.describe import sides
     from gandist.game import Clock
-    from gandist.train import read_recipe
 
     loaded = read_recipe(recipe, overrides or [])
     dataset = Dataset(Path(loaded.data.path))
@@ -229,8 +229,8 @@ def inspect(
 
     A draw is one global batch: `run.batch` samples in the order of training. The contact sheet shows the first 64 images.
     """
+    from gandist.check import read_recipe
     from gandist.inspection import inspect as look
-    from gandist.train import read_recipe
 
     for line in look(read_recipe(recipe, overrides or []), draws, world_size, out):
         print(line)
@@ -248,8 +248,8 @@ def train(
 
     Ctrl-C, SIGTERM or SIGUSR1 write a checkpoint and exit with 75. Other exit codes: 0 done, 1 failed, 2 the input is at fault.
     """
+    from gandist.check import read_recipe
     from gandist.launcher import World
-    from gandist.train import read_recipe
     from gandist.train import train as run
 
     loaded = read_recipe(recipe, overrides or [])

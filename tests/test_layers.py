@@ -19,7 +19,8 @@ LAYERS = [
     {"game"},
     {"games"},
     {"checkpoint", "log", "launcher"},
-    {"train", "sample", "describe", "inspection"},
+    {"check", "run", "sample", "describe", "inspection"},
+    {"train"},
     {"cli"},
     {"__main__", "__init__"},
 ]

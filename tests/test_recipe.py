@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from gandist.check import read_recipe
 from gandist.recipe import InputError, Source, parse
-from gandist.train import read_recipe
 
 
 def test_every_fault_of_a_file_is_listed_at_once_and_nothing_is_written(

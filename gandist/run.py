@@ -1,0 +1,343 @@
+"""The run around the loop: its folder, players, stream and log; what is written when, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gandist import checkpoint
+from gandist.data.dataset import Dataset
+from gandist.data.stream import Stream
+from gandist.game import Clock, Game, draws_each_step
+from gandist.launcher import World
+from gandist.log import Bar, Log, Meter, grid
+from gandist.player import Player
+from gandist.recipe import Failure, InputError, Recipe
+from gandist.seeding import derive
+
+SAMPLES = 64
+MAX_SKIPPED = 100  # turns in a row without a finite gradient: the game is lost
+MAX_FAILED_SAVES = 3
+
+
+def make_players(recipe: Recipe, dataset: Dataset, device: torch.device, precision: Any) -> dict[str, Player]:
+    """The players with their initial weights, which depend on the seed and each player's name alone."""
+    assert isinstance(recipe.game, Game)
+    players = {}
+    for name, side in recipe.game.sides(dataset.spec(recipe.data.split)).items():
+        torch.manual_seed(derive(recipe.run.seed, f"weights/{name}"))
+        players[name] = Player(name, side.build(), side.options, device=device, precision=precision)
+    return players
+
+
+class Run:
+    """A run: its players, stream, clock and folder. Only rank 0 touches the folder."""
+
+    def __init__(self, recipe: Recipe, world: World, init_from: Path | None = None) -> None:
+        assert isinstance(recipe.game, Game)
+        self.recipe, self.world, self.game = recipe, world, recipe.game
+        self.phases = self.game.phases()
+        self.folder = Path(recipe.run.folder)
+        self.dataset = Dataset(Path(recipe.data.path))
+        self.clock = Clock(recipe.run.batch, recipe.run.images)
+        self.decisive = recipe.decisive() | {"data": self.dataset.digest, "run.precision": world.precision}
+        self.run_id = f"{derive(recipe.run.seed, 'run', time.time_ns()):016x}"
+        self.found: checkpoint.Checkpoint | None = None
+        self.warnings: list[str] = []
+        self.init_from: str | None = None
+        self.seconds = 0.0
+        text = recipe.to_yaml() + self.dataset.digest + world.precision
+        same = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        world.agree("recipe, dataset and precision", int.from_bytes(same, "little"))
+        resuming = world.lead(lambda: self._open_folder(init_from))
+        self.players = make_players(recipe, self.dataset, world.device, world.precision)
+        if resuming:
+            self._resume()
+        elif init_from is not None:
+            self._start_from()
+        self.resumed_step = self.clock.step if resuming else -1
+        self.stream = Stream(
+            self.dataset,
+            recipe.data.split,
+            parts=self.game.parts,
+            batch=recipe.run.batch,
+            seed=recipe.run.seed,
+            device=world.device,
+            rank=world.rank,
+            ranks=world.ranks,
+            accumulate=recipe.run.accumulate,
+            workers=recipe.data.workers,
+            recall=draws_each_step(self.phases),
+        )
+        self.meter = Meter()
+        self.failed_saves = 0
+        self._log: Log | None = None
+        if world.leads:
+            (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            self._log = Log(self.folder, self.run_id, recipe.run.trackers, recipe.model_dump(mode="json"))
+            self._log.event(
+                "resume" if resuming else "start",
+                images=self.clock.images,
+                run_id=self.run_id,
+                ranks=world.ranks,
+                device=str(world.device),
+                precision=world.precision,
+                **versions(),
+            )
+        self.bar = Bar(recipe.run.images, self.clock.images, world.leads)
+        self._greet(bool(resuming))
+        self._mark = (time.monotonic(), self.clock.step, 0.0)
+
+    # ---- starting
+
+    def _open_folder(self, init_from: Path | None) -> int:
+        """Takes the folder for this run; 1 where there is a checkpoint to go on from."""
+        origin = checkpoint.find(init_from) if init_from is not None else None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            begun = (self.folder / "recipe.yaml").exists()
+            if not begun and any(path.name[0] != "." for path in self.folder.iterdir()):
+                raise InputError(f"`run.folder`: {self.folder} is not empty and holds no run; name another folder")
+            self._lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise InputError(
+                f"`run.folder`: {error.filename}: {error.strerror}; name a folder that you may write to"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.folder}: another process is training there; wait for it, or name another `run.folder`"
+            ) from None
+        except OSError as error:
+            self.warnings.append(
+                f"{self.folder}: this file system has no locks ({error.strerror}): start one run at a time there"
+            )
+        self.found, damaged = checkpoint.newest(self.folder / "checkpoints")
+        if self.found is None and damaged:
+            lines = [f"{self.folder / 'checkpoints'}: no checkpoint verifies, so the run cannot go on:"]
+            lines += [f"  {fault}" for fault in damaged]
+            raise Failure("\n".join([*lines, "  restore one of them, or name another `run.folder` to start anew"]))
+        self.warnings += [f"skipped a checkpoint: {fault}" for fault in damaged]
+        if origin is not None:
+            self.origin, self.init_from = origin, origin.digest
+        if self.found is None:
+            return 0
+        state = self.found.state
+        if origin is not None and state.init_from != origin.digest:
+            raise InputError(
+                f"{self.folder}: has a run already that did not start from {origin.folder}, and --init-from starts a new one; "
+                "name another `run.folder`"
+            )
+        self._refuse_changes(state)
+        self.run_id, self.seconds, self.init_from = state.run_id, state.seconds, state.init_from
+        if state.ranks != self.world.ranks:
+            self.warnings.append(
+                f"{self.folder}: was saved by {state.ranks} processes and goes on with {self.world.ranks}: the same samples and "
+                "noise, and another rounding; networks with batch statistics see other batches"
+            )
+        return 1
+
+    def _refuse_changes(self, state: checkpoint.State) -> None:
+        now = checkpoint.as_json(self.decisive)
+        changes = [
+            f"  `{key}`: {state.decisive.get(key, '(absent)')} → {now.get(key, '(absent)')}"
+            for key in sorted(now.keys() | state.decisive.keys())
+            if now.get(key) != state.decisive.get(key) and key != "data"
+        ]
+        if now["data"] != state.decisive.get("data"):
+            changes.append(f"  `data.path`: {self.recipe.data.path} is not the dataset that it was begun with")
+        if changes:
+            raise InputError(
+                "\n".join(
+                    [
+                        f"{self.folder}: was begun with another recipe, and going on would change its result:",
+                        *changes,
+                        f"  go on with the old values, or start a new run from its weights: run.folder=NEW --init-from {self.folder}",
+                    ]
+                )
+            )
+
+    def _files(self) -> checkpoint.Files:
+        return {
+            f"{name}.{part}" if part else name: tensors
+            for name, player in self.players.items()
+            for part, tensors in player.tensors().items()
+        }
+
+    def _share(self, files: checkpoint.Files) -> None:
+        """Gives every rank what rank 0 has read."""
+        if self.world.ranks > 1:
+            for tensors in files.values():
+                for tensor in tensors.values():
+                    dist.broadcast(tensor, 0)
+
+    def _resume(self) -> None:
+        files = self._files()
+        found = self.found
+
+        def restore() -> int:
+            assert found is not None
+            for name, tensors in files.items():
+                found.restore(name, tensors)
+            return found.state.step
+
+        self.clock.step = self.world.lead(restore)
+        self._share(files)
+        for name, player in self.players.items():
+            numbers = found.state.players[name] if found is not None else player.numbers()
+            values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+            if self.world.ranks > 1:
+                dist.broadcast(values, 0, group=self.world.control)
+            player.load_numbers(
+                {key: type(old)(new) for (key, old), new in zip(numbers.items(), values.tolist(), strict=True)}
+            )
+
+    def _start_from(self) -> None:
+        """Old weights, new everything else: the averages begin again from the weights."""
+        files = {name: tensors for name, tensors in self._files().items() if name in self.players}
+
+        def restore() -> int:
+            for name, tensors in files.items():
+                self.origin.restore(name, tensors)
+            return 0
+
+        self.world.lead(restore)
+        self._share(files)
+        for player in self.players.values():
+            player.restart_average()
+
+    def _greet(self, resuming: bool) -> None:
+        say = self.bar.say
+        for warning in self.warnings:
+            say(warning)
+        if resuming:
+            say(f"going on at {self.clock.images:,} images from {self.found.folder}" if self.found else "")
+        where = "1 process" if self.world.ranks == 1 else f"{self.world.ranks} processes"
+        say(f"{self.folder}: {where} on {self.world.device.type}, {self.world.precision} ({self.world.reason})")
+        if self.clock.done:
+            say(f"all {self.recipe.run.images:,} images are done; a larger `run.images` trains on")
+
+    # ---- while it runs
+
+    def upkeep(self, last: bool) -> None:
+        """Logs, samples and saves what is due; comes before the step, so that the last step needs no code of its own."""
+        clock, options = self.clock, self.recipe.run
+        self.bar.update(clock.images)
+        if clock.step == self.resumed_step:
+            return  # all this was done before the stop
+        if clock.step and (last or clock.step % options.log_every == 0):
+            self._write_row()
+        if clock.passed(options.sample_images) or (clock.done and options.sample_images is not None):
+            self._sample()
+        if last or (clock.step and clock.passed(options.save_images)):
+            self._save(last)
+
+    def _write_row(self) -> None:
+        values = self.meter.read()
+        for name, player in self.players.items():
+            values[f"learning_rate/{name}"] = player.learning_rate
+            values[f"skipped/{name}"] = float(player.skipped)
+            if float(player.skipped_in_a_row) >= MAX_SKIPPED:
+                raise Failure(
+                    f"{name}: no finite gradient in {MAX_SKIPPED} steps up to {self.clock.images} images: training has diverged; "
+                    f"the checkpoints in {self.folder / 'checkpoints'} are from before; lower the learning rate or clip_norm"
+                )
+        now, (then, step, waited) = time.monotonic(), self._mark
+        seconds = max(now - then, 1e-9)
+        self.seconds += seconds
+        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else _resident_bytes()
+        row = {
+            "step": self.clock.step,
+            "images": self.clock.images,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": (self.clock.step - step) * self.clock.batch / seconds,
+            "data_wait_fraction": (self.stream.waited - waited) / seconds,
+            "memory_bytes": memory,
+            **values,
+        }
+        self._mark = (now, self.clock.step, self.stream.waited)
+        if self._log:
+            self._log.row(row)
+
+    def _sample(self) -> None:
+        if self._log:
+            made = torch.cat([*self.game.samples(self.players, SAMPLES, self.recipe.run.seed)])
+            self._log.picture("samples", grid(made), self.clock.images)
+
+    def _save(self, last: bool) -> None:
+        """Rank 0 writes; a disk that fails costs one checkpoint, unless it is the last or fails again and again."""
+
+        def write() -> int:
+            state = checkpoint.State(
+                step=self.clock.step,
+                images=self.clock.images,
+                seconds=self.seconds,
+                run_id=self.run_id,
+                init_from=self.init_from,
+                precision=self.world.precision,
+                ranks=self.world.ranks,
+                spec=self.dataset.spec(self.recipe.data.split),
+                recipe=self.recipe.model_dump(mode="json"),
+                decisive=checkpoint.as_json(self.decisive),
+                versions=versions(),
+                players={name: player.numbers() for name, player in self.players.items()},
+            )
+            assert self._log is not None
+            try:
+                folder = checkpoint.save(
+                    self.folder / "checkpoints", state, self._files(), self.recipe.run.keep_checkpoints
+                )
+            except OSError as error:
+                self.failed_saves += 1
+                self._log.event("checkpoint_failed", images=self.clock.images, error=str(error))
+                self.bar.say(f"checkpoint at {self.clock.images:,} images failed: {error}; older ones are untouched")
+                if last or self.failed_saves == MAX_FAILED_SAVES:
+                    raise Failure(
+                        f"{self.folder}: {self.failed_saves} checkpoints in a row could not be written: {error}"
+                    ) from error
+                return 0
+            self.failed_saves = 0
+            self._log.event("checkpoint", images=self.clock.images, folder=folder.name)
+            return 0
+
+        self.world.lead(write)
+
+    def close(self) -> None:
+        """Ends threads, log and bar."""
+        self.bar.close()
+        self.stream.close()
+        if self._log:
+            self._log.close()
+
+
+@contextmanager
+def running(recipe: Recipe, world: World, init_from: Path | None = None) -> Iterator[Run]:
+    """A run that is closed in any case."""
+    run = Run(recipe, world, init_from)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def versions() -> dict[str, str]:
+    """What the result was computed with."""
+    names = ("gandist", "torch", "accelerate", "safetensors", "webdataset", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _resident_bytes() -> int:
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
