@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gandist.data.dataset import Dataset
+from gandist.data.decode import IMAGE_SUFFIXES, image_shape
+from gandist.data.read import Reader
 from gandist.game import GAMES, Game
 from gandist.launcher import ranks
-from gandist.recipe import DataOptions, InputError, Recipe, RunOptions, Source, load
+from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Source, load
 
 
 def contradictions(source: Source, data: DataOptions | None, game: Any, run: RunOptions | None) -> None:
@@ -19,8 +21,17 @@ def contradictions(source: Source, data: DataOptions | None, game: Any, run: Run
         try:
             dataset = Dataset(Path(data.path))
             spec = dataset.spec(data.split)
-            dataset.check_sizes(data.split)
-        except InputError as error:
+            first = Reader(dataset, data.split).members(0)
+            suffix = next((suffix for suffix in first if suffix in IMAGE_SUFFIXES), None)
+            if suffix is None:
+                raise InputError(f"{dataset.folder}: its first sample holds no image")
+            height, width, _ = image_shape(first[suffix], suffix)
+            if spec.image.height is not None and (height, width) != (spec.image.height, spec.image.width):
+                raise InputError(
+                    f"{dataset.folder}: its first image is {width}×{height}, and dataset.json says otherwise"
+                )
+        except (InputError, Failure, ValueError) as error:
+            spec = None
             source.fault(("data", "path"), str(error))
     if spec is not None and isinstance(game, Game):
         for location, message in game.faults(spec):

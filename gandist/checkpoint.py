@@ -51,8 +51,8 @@ class Manifest(Section):
 class State(Section):
     """The contents of `state.json`: all of a run that is no tensor."""
 
-    step: Annotated[int, Field(ge=0)]
-    images: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0, lt=2**62)]
+    images: Annotated[int, Field(ge=0, lt=2**62)]
     seconds: Annotated[float, Field(ge=0)]
     init_from: Hex | None = None  # the digest of the checkpoint whose weights the run started from
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,32}$")]
@@ -191,6 +191,8 @@ class Checkpoint:
         if STATE not in self.files:
             raise Failure(f"{folder}: its manifest names no {STATE}")
         self.state = self._parse(State, STATE, self._read(STATE, self.files[STATE]))
+        if _FOLDER.fullmatch(folder.name) and self.state.images != int(folder.name.removeprefix("images_")):
+            raise Failure(f"{folder / STATE}: says {self.state.images} images, and the folder's name another number")
 
     def _read(self, name: str, record: FileRecord | None) -> bytes:
         path = self.folder / name
@@ -224,9 +226,13 @@ class Checkpoint:
         data = self._read(file, self.files[file])
         _check_header(self.folder / file, data)
         try:
-            return safetensors.torch.load(data)
+            tensors = safetensors.torch.load(data)
         except safetensors.SafetensorError as error:
             raise Failure(f"{self.folder / file}: not a safetensors file: {error}") from None
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise Failure(f"{self.folder / file}: `{key}` is not finite")
+        return tensors
 
     def restore(self, name: str, into: dict[str, Tensor]) -> None:
         """Copies a file's tensors into `into`, which must have exactly these names, shapes and dtypes."""

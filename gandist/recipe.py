@@ -16,6 +16,8 @@ from pydantic_core import ErrorDetails
 
 MAX_BYTES = 256 * 1024  # a recipe is a page; a larger file is not a recipe
 MAX_DEPTH = 12
+MAX_KEYS = 1000
+NO_NUL = r"^[^\x00]+$"
 
 # Settings that cannot change a weight: a run may go on under another value of these.
 harmless = {"json_schema_extra": {"harmless": True}}
@@ -70,7 +72,7 @@ def suggestion(word: str, known: Mapping[str, object] | list[str]) -> str:
 class DataOptions(Section):
     """What is read: a folder made by `gandist pack` or `gandist index`."""
 
-    path: Annotated[str, Field(min_length=1, **harmless)]  # the dataset's digest is compared instead
+    path: Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)]  # the dataset's digest is compared instead
     split: str = "train"
     reader: Annotated[Literal["index"], Field(**harmless)] = "index"
     workers: Annotated[int, Field(ge=1, le=64, **harmless)] = 2  # decoding threads of each process
@@ -79,10 +81,10 @@ class DataOptions(Section):
 class RunOptions(Section):
     """How long, how large and where; progress counts images."""
 
-    folder: Annotated[str, Field(min_length=1, **harmless)]
+    folder: Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    images: Annotated[int, Field(ge=1, **harmless)]
-    batch: Annotated[int, Field(ge=1)]  # global: all processes and micro-batches together
+    images: Annotated[int, Field(ge=1, lt=2**62, **harmless)]
+    batch: Annotated[int, Field(ge=1, lt=2**31)]  # global: all processes and micro-batches together
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches of each process
     log_every: Annotated[int, Field(ge=1, **harmless)] = 50  # steps
@@ -146,7 +148,7 @@ class Source:
         # A fault of a whole section may lie in what overrides put into it.
         below = [p for known, p in self.places.items() if known[: len(keys)] == keys and known != keys]
         place = " with ".join(dict.fromkeys([place, *(p for p in below if p.startswith("override"))]))
-        name = ".".join(keys)
+        name = ".".join(key if len(key) <= 80 else key[:80] + "…" for key in keys)
         self.faults.append(": ".join(part for part in (place, f"`{name}`" if name else "", message) if part))
 
     def refuse_faults(self) -> None:
@@ -159,7 +161,7 @@ class Source:
 
 
 # YAML 1.2's core schema: 1e-4 is a number (YAML 1.1 reads a string), `no` and `on` are words, 010 is not octal.
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)?|[-+]?\.\d[\d_]*([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+(_\d+)*)(\.\d*)?([eE][-+]?\d+)?|[-+]?\.\d+([eE][-+]?\d+)?")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, ".nan": math.nan, ".inf": math.inf}
 
 
@@ -227,6 +229,9 @@ def _plain(node: yaml.Node, source: Source, at: tuple[str, ...], place: str | No
                 f"{place or line}: `{'.'.join(here)}`: stands twice; the first is on {source.places[here]}"
             )
             continue
+        if len(source.places) >= MAX_KEYS:
+            source.faults.append(f"{place or line}: more than {MAX_KEYS} keys; a recipe is a page")
+            break
         source.places[here] = place or line
         values[key] = _plain(value_node, source, here, place)
     return values
@@ -236,9 +241,10 @@ def _override(source: Source, text: str) -> None:
     name, equals, value = text.partition("=")
     keys = tuple(name.split("."))
     if not equals or not all(re.fullmatch(r"\w+", key) for key in keys):
-        source.faults.append(f"override {text!r}: must read section.key=value")
+        source.faults.append(f"override {text[:80]!r}: must read section.key=value")
         return
-    place = f"override {text!r}"
+    shown = text if len(text) <= 80 else text[:80] + "…"
+    place = f"override {shown!r}"
     parsed = parse(value, source, keys, place)
     values = source.values
     for key in keys[:-1]:
@@ -268,6 +274,7 @@ _WORDING = {
     "less_than": "must be less than {lt}, not {input!r}",
     "literal_error": "must be {expected}, not {input!r}",
     "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must not hold a NUL byte",
 }
 
 
@@ -325,9 +332,11 @@ def load(path: Path, overrides: list[str], games: Choice, check: Check) -> Recip
     """
     source = Source(str(path))
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes are too many for a recipe; the limit is {MAX_BYTES}")
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # whatever it says of its size: a device says 0
+        if len(raw) > MAX_BYTES:
+            raise InputError(f"{path}: is too long for a recipe; the limit is {MAX_BYTES} bytes")
+        text = raw.decode("utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; name a recipe (see configs/)") from None
     except UnicodeDecodeError as error:

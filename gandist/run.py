@@ -189,6 +189,12 @@ class Run:
 
         def restore() -> int:
             assert found is not None
+            state = found.state
+            if state.images != state.step * self.clock.batch:
+                raise Failure(f"{found.folder}: {state.images} images are not {state.step} steps of {self.clock.batch}")
+            for name, player in self.players.items():
+                if name not in state.players or state.players[name].keys() != player.numbers().keys():
+                    raise Failure(f"{found.folder}: its state of the {name} is not one of this recipe")
             for name, tensors in files.items():
                 found.restore(name, tensors)
             return found.state.step

@@ -22,6 +22,8 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
     except ValueError as error:
         raise Failure(f"{found.folder}: its recipe is not one of this version: {error}") from None
     assert isinstance(game, Game)
+    for _, fault in game.faults(found.state.spec):
+        raise Failure(f"{found.folder}: its recipe contradicts its data: {fault}")
     players = {}
     for name, side in game.sides(found.state.spec).items():
         with torch.device("meta"):  # a checkpoint cannot ask for more memory than its own file has

@@ -47,8 +47,14 @@ class ImageSpec(Section):
 class LabelSpec(Section):
     """Classes 0 … classes-1; `names` is empty where nobody gave any."""
 
-    classes: Count
+    classes: Annotated[int, Field(ge=1, le=1_000_000)]
     names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> LabelSpec:
+        if len(self.names) not in (0, self.classes):
+            raise ValueError(f"{len(self.names)} names for {self.classes} classes")
+        return self
 
 
 class Shard(Section):
@@ -76,7 +82,14 @@ class Manifest(Section):
     source: dict[str, str | int | None]
     image: ImageSpec
     label: LabelSpec | None
-    splits: dict[str, tuple[Shard, ...]]
+    splits: Annotated[dict[str, Annotated[tuple[Shard, ...], Field(min_length=1)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _counts_each_shard_once(self) -> Manifest:
+        names = [shard.name for shards in self.splits.values() for shard in shards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is named twice; each shard counts once")
+        return self
 
 
 def file_digest(path: Path) -> str:
@@ -217,7 +230,8 @@ class Indexer:
         height, width = next(iter(self.sizes)) if same else (None, None)
         if len(self.channels) > 1 and not self.channels <= {1, 3}:
             raise InputError(f"{self.folder}: images with {sorted(self.channels)} channels cannot be mixed")
-        label = LabelSpec(classes=max(self.classes, len(names)), names=names) if self.labels else None
+        names = names if len(names) >= self.classes else ()
+        label = LabelSpec(classes=len(names) or self.classes, names=names) if self.labels else None
         manifest = Manifest(
             source=source,
             image=ImageSpec(height=height, width=width, channels=max(self.channels)),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
+import struct
+import tokenize
 from functools import lru_cache
 
 import numpy as np
@@ -27,13 +30,16 @@ def channels_of(image: Image.Image) -> int:
 def _npy_shape(header: bytes) -> tuple[int, ...]:
     """The shape of a version-1 .npy header of uint8 in C order; the same few headers come again and again."""
     stream = io.BytesIO(header)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f".npy version {version} instead of (1, 0)")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1024)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"version {version} instead of (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1024)
+    except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, tokenize.TokenError) as error:
+        raise ValueError(f"has no .npy header that is read: {error}") from None
     if dtype != np.uint8 or fortran:
         raise ValueError(f"holds {dtype} {'in Fortran order' if fortran else ''}; an image is uint8 in C order")
-    if len(shape) not in (2, 3) or min(shape) < 1:
+    if len(shape) not in (2, 3) or not all(type(n) is int and n >= 1 for n in shape) or shape[2:] > (16,):
         raise ValueError(f"has shape {shape}; an image is (height, width) or (height, width, channels)")
     return shape
 
@@ -44,7 +50,7 @@ def _npy(data: bytes | memoryview) -> Pixels:
         raise ValueError("is cut off")
     end = 10 + int.from_bytes(data[8:10], "little")
     shape = _npy_shape(bytes(data[:end]))
-    if len(data) - end != int(np.prod(shape, dtype=np.int64)):
+    if len(data) - end != math.prod(shape):
         raise ValueError(f"holds {len(data) - end} bytes of pixels for shape {shape}")
     return np.frombuffer(data, np.uint8, offset=end).reshape(shape if len(shape) == 3 else (*shape, 1))
 
@@ -79,7 +85,11 @@ def image_shape(data: bytes | memoryview, suffix: str) -> tuple[int, int, int]:
         return height, width, channels
     image = open_encoded(data, suffix)
     width, height = image.size
-    if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # the orientations that lie on their side
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(f"has damaged EXIF: {error}") from None
+    if orientation in (5, 6, 7, 8):  # the orientations that lie on their side
         width, height = height, width
     return height, width, channels_of(image)
 

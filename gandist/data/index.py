@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ MAGIC = b"gdindex1"
 _HEAD = struct.Struct("<8sQQII")
 ABSENT = 0xFFFFFFFF  # the size of a member that a sample lacks
 MAX_SUFFIXES = 8
+MAX_MEMBER = 1 << 28
 BLOCK = 512
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]+)")  # webdataset's rule: the key ends at the first dot of the file's name
 
@@ -50,6 +51,19 @@ class Sample:
     members: dict[str, tuple[int, bytes]]  # suffix -> (offset of the data, data)
 
 
+class _Bounded:
+    """A file whose reads have a limit: a header of two kilobytes can claim a name, or a member, of fifty gigabytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell, self.seek, self.name = file.tell, file.seek, file.name
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_MEMBER:
+            raise tarfile.ReadError(f"a member or header of {size} bytes; the limit is {MAX_MEMBER}")
+        return self._file.read(size)
+
+
 def scan(shard: Path) -> Iterator[Sample]:
     """Reads a tar once, front to back, and yields its samples.
 
@@ -66,7 +80,7 @@ def scan(shard: Path) -> Iterator[Sample]:
     current: Sample | None = None
     end = 0
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with shard.open("rb") as raw, tarfile.open(fileobj=_Bounded(raw), mode="r:") as tar:  # type: ignore[call-overload]
             for member in tar:
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 if member.isdir():
@@ -99,7 +113,9 @@ def scan(shard: Path) -> Iterator[Sample]:
                 current.members[suffix] = (member.offset_data, data)
         if current is not None:
             yield current
-    except tarfile.TarError as error:
+    except InputError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(f"{shard}: not a complete uncompressed tar: {error}") from None
     except OSError as error:
         raise InputError(f"{shard}: cannot be read: {error.strerror or error}") from None
@@ -163,7 +179,10 @@ class ShardIndex:
             magic, count, shard_bytes, columns, table_bytes = _HEAD.unpack_from(data)
             if magic != MAGIC or columns > MAX_SUFFIXES or table_bytes > 4096:
                 raise ValueError("not an index of this version")
-            suffixes = tuple(map(str, json.loads(data[_HEAD.size : _HEAD.size + table_bytes])))
+            table = json.loads(data[_HEAD.size : _HEAD.size + table_bytes])
+            if not isinstance(table, list):
+                raise ValueError("its table is not a list")
+            suffixes = tuple(map(str, table))
             position = _HEAD.size + table_bytes
             if len(suffixes) != columns or len(data) != position + count * (8 + 16 * columns):
                 raise ValueError("its length is not what its head says")
@@ -174,6 +193,6 @@ class ShardIndex:
                 position += array.nbytes
         except OSError as error:
             raise Failure(f"{path}: cannot be read: {error.strerror}; make it with `gandist index`") from None
-        except (ValueError, struct.error) as error:
+        except (ValueError, RecursionError, struct.error) as error:
             raise Failure(f"{path}: damaged index: {error}; make it anew with `gandist index`") from None
         return cls(suffixes, shard_bytes, *arrays)

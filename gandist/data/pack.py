@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
+import math
+import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,9 +26,11 @@ from gandist.data.dataset import NAME, Dataset, Indexer, Shard
 from gandist.data.decode import ENCODED, LABEL_SUFFIX, MAX_PIXELS, channels_of, check_encoded, open_encoded, to_array
 from gandist.recipe import InputError, suggestion
 
+LOCK = ".lock"
 EMBEDDED = {"fashion-mnist": Path(__file__).parent / "embedded" / "fashion-mnist"}
 GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SHARD_SAMPLES = 4096
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 _UNREAD = ("tif", "tiff", "gif", "heic", "heif", "avif", "jp2", "jxl", "ppm", "pgm", "tga", "psd", "svg")
 _KNOWN = "IDX files (plain or .gz), NPZ files, and folders of images, whose subfolders become classes"
 
@@ -79,13 +85,21 @@ def _check_arrays(where: str, images: npt.NDArray[np.generic], labels: npt.NDArr
             raise InputError(
                 f"{where}: {labels.shape} labels for {len(images)} images; one whole number each is needed"
             )
-        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-            raise InputError(f"{where}: labels are {labels.dtype} from {labels.min()}; whole numbers from 0 are needed")
+        if not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0:
+            raise InputError(
+                f"{where}: labels are {labels.dtype}, or some are negative; whole numbers from 0 are needed"
+            )
 
 
 # ---- IDX, the format of MNIST: big-endian magic (0, 0, type, axes), u32 per axis, then the values
 
 _IDX_IMAGES = re.compile(r"(?P<prefix>.*?)-?images[-.]idx3-ubyte(?P<gz>\.gz)?")
+
+
+def _refuse_bomb(where: object, size: int, packed: int | None) -> None:
+    """Refuses what would unfold to more than a GiB and 200 times its own size; images do not compress like that."""
+    if packed is not None and size > BOMB_BYTES and size > BOMB_RATIO * packed:
+        raise InputError(f"{where}: {packed} bytes would unfold to {size}; no images compress like that")
 
 
 def _read_idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
@@ -96,7 +110,10 @@ def _read_idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
                 f"{path}: not an IDX file of unsigned bytes with {axes} axes: it begins with {head[:4].hex()}"
             )
         shape = tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
+        _refuse_bomb(path, size, path.stat().st_size if path.suffix == ".gz" else None)
+        if path.suffix != ".gz" and size > path.stat().st_size:
+            raise InputError(f"{path}: its head promises {shape}, and the file has {path.stat().st_size} bytes")
         data = stream.read(size + 1)  # never more than the head promises, whatever a gzip file would unfold to
         if len(data) != size:
             raise InputError(
@@ -110,8 +127,8 @@ def _read_idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
                 with gzip.open(file) as unzipped:
                     return read(unzipped)  # type: ignore[arg-type]
             return read(file)
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        raise InputError(f"{path}: cannot be read: {error or 'it asks for too much memory'}") from None
 
 
 def _idx_split(path: Path) -> Split:
@@ -128,6 +145,8 @@ def _idx_images(paths: list[Path]) -> Images:
         match = _IDX_IMAGES.fullmatch(path.name)
         assert match is not None
         name = {"t10k": "test", "": "train"}.get(match["prefix"], match["prefix"]) if len(paths) > 1 else "train"
+        if name in splits:
+            raise InputError(f"{path}: a second file of the split `{name}`; a folder holds one of each")
         splits[name] = _idx_split(path)
     return Images({"kind": "idx"}, splits)
 
@@ -139,10 +158,17 @@ _NPZ_IMAGES, _NPZ_LABELS = ("images", "image", "x", "data", "arr_0"), ("labels",
 
 def _npz_images(path: Path) -> Images:
     try:
+        with zipfile.ZipFile(path) as archive:
+            _refuse_bomb(path, sum(entry.file_size for entry in archive.infolist()), path.stat().st_size)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path}: not an NPZ file of plain arrays: {error}") from None
+        strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        if strange:
+            raise ValueError(f"{strange[0]!r} is no array")
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - zipfile, zlib and numpy raise whatever a damaged file leads them to
+        raise InputError(f"{path}: not an NPZ file of plain arrays: {type(error).__name__}: {error}") from None
     splits: dict[str, Split] = {}
     for split in ("train", "test", "validation", ""):
         images = next((arrays[n] for name in _NPZ_IMAGES for n in _spelled(name, split) if n in arrays), None)
@@ -177,7 +203,7 @@ def _folder_split(folder: Path, files: list[Path], classes: tuple[str, ...]) -> 
 
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+        digest.update(os.fsencode(file.relative_to(folder).as_posix()) + f"\0{file.stat().st_size}\0".encode())
     return Split(len(files), read, digest.hexdigest())
 
 
@@ -195,6 +221,8 @@ def _folder_images(folder: Path) -> Images:
     if not files:
         raise InputError(f"{folder}: no images in it; known: {_KNOWN}, with the suffixes {', '.join(ENCODED)}")
     tops = {file.relative_to(folder).parts[0] for file in files if len(file.relative_to(folder).parts) > 1}
+    if len(tops) > len({_SPLITS.get(top, top) for top in tops}):
+        raise InputError(f"{folder}: {', '.join(sorted(tops))}: two of these are one split; merge them or rename one")
     roots = {_SPLITS[top]: folder / top for top in sorted(tops) if top in _SPLITS} if tops <= _SPLITS.keys() else {}
     roots = roots or {"train": folder}
     members = {name: [file for file in files if root in file.parents] for name, root in roots.items()}
@@ -210,6 +238,9 @@ def _folder_images(folder: Path) -> Images:
             f"{', '.join(sorted(found)[:5])}; put every image into a class folder, or all into one folder"
         )
     classes = tuple(sorted(found))
+    for name in classes:
+        if not name.isprintable():  # a name in another encoding comes as lone surrogates
+            raise InputError(f"{folder}: the class folder {name!r} has no name in UTF-8; rename it")
     splits = {name: _folder_split(root, members[name], classes) for name, root in roots.items()}
     return Images({"kind": "folder"}, splits, classes)
 
@@ -295,6 +326,8 @@ def pack(
     """
     if size is not None and not 1 <= size * size <= MAX_PIXELS:
         raise InputError(f"--size {size}: must be from 1 to {int(MAX_PIXELS**0.5)} pixels")
+    if not 1 <= shard_samples <= 1_000_000:
+        raise InputError(f"--shard-samples {shard_samples}: must be from 1 to 1,000,000")
     images = open_source(source)
     digests = {f"digest of {name}": split.digest for name, split in images.splits.items()}
     record = {**images.record, **digests, "size": size, "shard_samples": shard_samples}
@@ -305,13 +338,20 @@ def pack(
                 dataset.check_sizes(name)
             return dataset, False
         raise InputError(f"{out}: holds another dataset ({NAME} tells which); choose another folder or delete that one")
-    if out.exists() and (strange := [p.name for p in out.iterdir() if p.suffix not in (".tar", ".idx", ".tmp")]):
+    if out.exists() and (
+        strange := [p.name for p in out.iterdir() if p.suffix not in (".tar", ".idx", ".tmp") and p.name != LOCK]
+    ):
         raise InputError(f"{out}: is not empty: it holds {sorted(strange)[0]!r}; choose an empty folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made: {error.strerror}; choose a folder that you may write to") from None
 
+    lock = (out / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out}: another process is packing into it; wait for it, or choose another folder") from None
     indexer = Indexer(out)
     total = sum(split.samples for split in images.splits.values())
     done = 0
@@ -326,11 +366,16 @@ def pack(
             first, done = first + len(chunk), done + len(chunk)
             progress(done, total)
         splits[name] = tuple(shards)
-    return indexer.finish(splits, record, images.names), True
+    dataset = indexer.finish(splits, record, images.names)
+    (out / LOCK).unlink()
+    return dataset, True
 
 
 def index(paths: list[Path], *, split: str = "train", progress: Callable[[int], None] = lambda _: None) -> Dataset:
     """Indexes shards that somebody else wrote, all in one folder, and writes its `dataset.json`; raises InputError."""
+    doubled = sorted({path.name for path in paths if [p.resolve() for p in paths].count(path.resolve()) > 1})
+    if doubled:
+        raise InputError(f"{doubled[0]}: named twice; each shard counts once")
     folders = {path.parent for path in paths}
     if len(folders) != 1:
         raise InputError(f"the shards lie in {len(folders)} folders; a dataset is one folder")
