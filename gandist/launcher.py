@@ -221,8 +221,10 @@ class Stop:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer."""
-        self.requested = self.world.any(self.requested)
-        return self.requested
+        agreed = self.world.any(self.requested)
+        if agreed:
+            self.requested = True  # and never False: a request that came meanwhile would be lost
+        return agreed
 
     def close(self) -> None:
         """Gives the signals back; on the way out after a request they are ignored instead.

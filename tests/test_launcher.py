@@ -53,6 +53,17 @@ def test_a_contradiction_in_precision_is_refused(recipe: str, told: str) -> None
         choose_precision(recipe, CPU, {"mixed_precision": told})
 
 
+def test_a_request_that_comes_while_the_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = launcher.World(CPU, 0, 1, "fp32", "")
+    stop = launcher.Stop(world)
+    # the signal lands inside the agreement, which has read the flag already
+    monkeypatch.setattr(launcher.World, "any", lambda self, here: (os.kill(os.getpid(), signal.SIGTERM), here)[1])
+    assert not stop.agreed()
+    assert stop.agreed()
+    stop.requested = False
+    stop.close()
+
+
 def test_the_environment_alone_counts_unless_it_is_the_launchers_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert choose_precision("auto", CPU, {})[0] == "bf16"
