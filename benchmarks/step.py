@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gandist.check import read_recipe
-from gandist.data.dataset import Dataset
-from gandist.data.pack import pack
-from gandist.data.stream import Stream
+from gandist.data.opening import data_spec, open_batches
+from gandist.data.pack import Options, Packing, pack
 from gandist.game import Game
 from gandist.launcher import Stop, World
 from gandist.player import DTYPES
@@ -125,15 +124,15 @@ def processor() -> str:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds, as the JSON that is written."""
     data = folder / "data"
-    dataset, _ = pack("embedded:fashion-mnist", data, size=arguments.size)
+    pack(Packing("embedded:fashion-mnist", data, Options(size=arguments.size)))
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(data=data, folder=folder / "run", **vars(arguments)))
     recipe = read_recipe(path, [])
     world = World.join(recipe.run.precision)
     assert isinstance(recipe.game, Game)
 
-    sides = recipe.game.sides(Dataset(data).spec("train"))
-    stream = Stream(dataset, "train", parts=("image",), batch=1024, seed=0, device=world.device)
+    sides = recipe.game.sides(data_spec(recipe.data))
+    stream = open_batches(recipe.data, parts=("image",), batch=1024, seed=0, device=world.device)
     images = stream.read(0)[0]["image"].contiguous()
     stream.close()
     bare = {name: side.build().to(world.device) for name, side in sides.items()}
@@ -143,7 +142,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with running(recipe, world) as run:
 
         def trainer() -> None:
-            stop.agreed()
+            stop.agreed(bool(run.data_faults()))
             run.upkeep(last=False)
             step(run, run.phases)
             run.clock.advance()

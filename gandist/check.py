@@ -3,39 +3,71 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gandist.data.dataset import Dataset
-from gandist.data.decode import IMAGE_SUFFIXES, image_shape
-from gandist.data.read import Reader
+from gandist.data.dataset import Spec
+from gandist.data.decode import image_shape
+from gandist.data.opening import data_spec, open_reader
+from gandist.data.read import BadSample
+from gandist.data.stream import PARTS
 from gandist.game import GAMES, Game
 from gandist.launcher import ranks
 from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Source, load
 
+_UNLABELLED = {part for part, source in PARTS.items() if source.view != "labelled"}
 
-def contradictions(source: Source, data: DataOptions | None, game: Any, run: RunOptions | None) -> None:
+
+def _missing_parts(game: Game, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
+    for part in game.parts:
+        if PARTS[part].role not in spec.roles:
+            yield ("kind",), f"the game {game.kind} reads `{part}`, and the data has only {', '.join(spec.roles)}"
+
+
+def _check_first(data: DataOptions) -> None:
+    """Reads the first sample; raises InputError, Failure or ValueError where it is not what `dataset.json` says."""
+    reader = open_reader(data)
+    stored = reader.dataset.spec(data.split)
+    try:
+        members = reader.members(0)
+    except BadSample:
+        if data.quarantine:
+            return  # the stream will meet it, name it and count it
+        raise
+    if stored.image is not None and "image" in members:
+        suffix, data_ = members["image"]
+        height, width, _ = image_shape(data_, suffix)
+        if stored.image.height is not None and (height, width) != (stored.image.height, stored.image.width):
+            raise InputError(f"{data.path}: its first image is {width}×{height}, and dataset.json says otherwise")
+    reader.close()
+
+
+def contradictions(
+    source: Source, data: DataOptions | None, game: Any, run: RunOptions | None, *, allow_pipe: bool = False
+) -> None:
     """Notes what a recipe's sections contradict in each other, in the data, and in the number of processes."""
     spec = None
     if data is not None:
         try:
-            dataset = Dataset(Path(data.path))
-            spec = dataset.spec(data.split)
-            first = Reader(dataset, data.split).members(0)
-            suffix = next((suffix for suffix in first if suffix in IMAGE_SUFFIXES), None)
-            if suffix is None:
-                raise InputError(f"{dataset.folder}: its first sample holds no image")
-            height, width, _ = image_shape(first[suffix], suffix)
-            if spec.image.height is not None and (height, width) != (spec.image.height, spec.image.width):
-                raise InputError(
-                    f"{dataset.folder}: its first image is {width}×{height}, and dataset.json says otherwise"
-                )
-        except (InputError, Failure, ValueError) as error:
+            spec = data_spec(data, allow_pipe)
+            if data.reader == "index":
+                _check_first(data)
+        except (InputError, Failure) as error:
             spec = None
             source.fault(("data", "path"), str(error))
+        except ValueError as error:
+            spec = None
+            source.fault(("data",), str(error))
     if spec is not None and isinstance(game, Game):
-        for location, message in game.faults(spec):
+        faults = [*_missing_parts(game, spec)]
+        for location, message in faults or game.faults(spec):
             source.fault(("game", *location), message)
+        if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & set(game.parts):
+            source.fault(
+                ("data", "unlabelled_transform"), f"the game {game.kind} reads no unlabelled images; leave it out"
+            )
     if run is not None:
         parts = ranks() * run.accumulate
         if run.batch % parts:
@@ -48,13 +80,14 @@ def contradictions(source: Source, data: DataOptions | None, game: Any, run: Run
             source.fault(
                 ("run", "trackers"), "tensorboard is not installed; `pip install tensorboard`, or leave it out"
             )
-        if spec is not None and run.batch > spec.samples:
+        subset = data is not None and data.subset is not None  # cycles at its own pace, within a batch if need be
+        if spec is not None and spec.samples is not None and not subset and run.batch > spec.samples:
             source.fault(
                 ("run", "batch"),
                 f"{run.batch} is more than the {spec.samples} samples of the split; use at most {spec.samples}",
             )
 
 
-def read_recipe(path: Path, overrides: list[str]) -> Recipe:
+def read_recipe(path: Path, overrides: list[str], allow_pipe: bool = False) -> Recipe:
     """A recipe that fits its data and the processes at hand; raises InputError with all faults at once."""
-    return load(path, overrides, GAMES, contradictions)
+    return load(path, overrides, GAMES, partial(contradictions, allow_pipe=allow_pipe))

@@ -62,6 +62,7 @@ class State(Section):
     recipe: dict[str, Any]
     decisive: dict[str, Any]
     players: dict[str, dict[str, float | int]]
+    quarantined: tuple[Annotated[int, Field(ge=0)], ...] = ()  # samples that were bad and had a substitute
     versions: dict[str, str]
 
 

@@ -26,6 +26,7 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, such as configs/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="such as run.images=1000000")]
+AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="let `data.path` run commands: pipe:COMMAND")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or one of its checkpoints/images_…")]
 
 
@@ -65,23 +66,31 @@ def _describe_dataset(dataset: Any) -> None:
 
     assert isinstance(dataset, Dataset)
     manifest = dataset.manifest
-    image, label = manifest.image, manifest.label
-    size = f"{image.width}×{image.height}" if image.height else "of several sizes"
-    _table(
-        [
-            ("dataset", str(dataset.folder)),
-            *(
-                (
-                    f"split {n}",
-                    f"{sum(s.samples for s in shards):,} samples in {len(shards)} shard{'s' * (len(shards) > 1)}",
-                )
-                for n, shards in manifest.splits.items()
-            ),
-            ("images", f"{size}, {image.channels} channel{'s' * (image.channels > 1)}"),
-            ("classes", f"{label.classes} {', '.join(label.names)}".strip() if label else "none"),
-            ("digest", dataset.digest),
-        ]
-    )
+    image, label, mask, signal = manifest.image, manifest.label, manifest.mask, manifest.signal
+    rows = [("dataset", dataset.location)]
+    if manifest.shards_at:
+        rows.append(("shards", manifest.shards_at))
+    for name, shards in manifest.splits.items():
+        skipped = manifest.counts[name].skipped if name in manifest.counts else 0
+        count = f"{sum(s.samples for s in shards):,} samples in {len(shards)} shard{'s' * (len(shards) > 1)}"
+        rows.append((f"split {name}", count + f", {skipped:,} bad files passed over" * bool(skipped)))
+    if image:
+        size = f"{image.width}×{image.height}" if image.height else "of several sizes"
+        rows.append(("images", f"{size}, {image.channels} channel{'s' * (image.channels > 1)}"))
+    if signal:
+        rows.append(("signals", f"{signal.channels} channel{'s' * (signal.channels > 1)} of {signal.length:,} values"))
+    rows.append(("classes", f"{label.classes} {', '.join(label.names)}".strip() if label else "none"))
+    if mask:
+        ignored = f", {mask.ignore} is ignored" if mask.ignore is not None else ""
+        rows.append(("mask classes", f"{mask.classes} {', '.join(mask.names)}".strip() + ignored))
+    for name, counts in manifest.counts.items():
+        if counts.labels and len(counts.labels) <= 100:
+            rows.append((f"samples of {name}", "by class " + " ".join(f"{count:,}" for count in counts.labels)))
+        if counts.mask_pixels:
+            total = max(1, sum(counts.mask_pixels) + counts.ignored_pixels)
+            shares = " ".join(f"{count / total:.1%}" for count in counts.mask_pixels)
+            rows.append((f"pixels of {name}", f"by class {shares}, ignored {counts.ignored_pixels / total:.1%}"))
+    _table([*rows, ("digest", dataset.digest)])
 
 
 @app.command()
@@ -89,72 +98,177 @@ def pack(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="a folder of images or of IDX files, an IDX or NPZ file, or embedded:fashion-mnist"
+            metavar="SOURCE",
+            help="a folder, an archive, arrays, a CSV, shards by pattern or URL, or embedded:fashion-mnist",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the dataset folder to make")],
-    size: Annotated[
-        int | None, typer.Option(help="cut out the central square and resize it to SIZE pixels a side")
+    size: Annotated[int | None, typer.Option(help="resize images to SIZE pixels, as --fit says")] = None,
+    fit: Annotated[
+        str,
+        typer.Option(
+            help="crop: the central square becomes SIZE×SIZE; shorter: the shorter side becomes SIZE; stretch: the whole becomes SIZE×SIZE"
+        ),
+    ] = "crop",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SHARE,…", help="divide by chance, such as train=0.8,validation=0.1,test=0.1"),
     ] = None,
+    shuffle: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            metavar="SEED",
+            help="the order in the shards, and the division into splits  [default: 0]",
+        ),
+    ] = None,
+    no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="keep the order of the source")] = False,
     shard_samples: Annotated[int, typer.Option(min=1, help="samples of a shard")] = 4096,
+    bad: Annotated[
+        str, typer.Option(help="what becomes of damaged files: refuse (and name the first), or skip (and count)")
+    ] = "refuse",
+    names: Annotated[str | None, typer.Option(metavar="NAME,…", help="names of the classes, from class 0 on")] = None,
+    ignore: Annotated[
+        int, typer.Option(min=-1, max=255, help="the mask value of pixels without a class; -1 for none")
+    ] = 255,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes  [default: one a core]")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="write the I-th of N parts only, from 1/N to N/N; the last word is --merge"),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="when all parts are written: describe them as one dataset")
+    ] = False,
+    allow_pipe: Annotated[bool, typer.Option("--allow-pipe", help="let SOURCE run commands: pipe:COMMAND")] = False,
 ) -> None:
-    """Turn images into shards with an index; the same input gives the same bytes.
+    """Turn images, masks or signals into shards with an index; the same input gives the same bytes.
 
-    Folders: png, jpg, jpeg, webp and bmp files are stored as they are; subfolders become classes, in alphabetical order, or
-    splits where they are called train, test and validation. NPZ files: uint8 arrays `images` and `labels`, or `x_train`, `y_train`,
-    `x_test`, `y_test`; (N, H, W) or (N, H, W, C). IDX files: images with their labels beside them, plain or gzipped.
+    SOURCE is one of: a folder of png, jpg, jpeg, webp or bmp files, whose subfolders become classes, in alphabetical order, or
+    splits where they are called train, test and validation; a folder with images/ and masks/ (or labels/), paired by name; a .tar or
+    .zip of such folders; a CSV of paths with labels and splits; IDX, NPZ and NPY arrays; CIFAR's binary version; 1-D signals as CSV or
+    NPY; or WebDataset shards: 'data/train-{000..127}.tar', https://…, s3://….
 
-    A generator makes images of one size: give --size unless all images have the same.
+    Files are stored as they are, unless --size asks for another one. A packing that was stopped goes on where it was, and any
+    number of processes writes the same bytes. On several machines with one disk, run --part 1/N to N/N with otherwise the same
+    options, then once --merge.
+
+    A generator makes images of one size: give --size, or crop while training with data.transform.crop.
     """
     from gandist.data import pack as packing
 
+    if shuffle is not None and no_shuffle:
+        raise InputError("--shuffle and --no-shuffle contradict each other; give one")
+    packed = packing.Packing(
+        source,
+        out,
+        packing.Options(
+            size=size,
+            fit=fit,
+            shard_samples=shard_samples,
+            shuffle=None if no_shuffle else shuffle or 0,
+            splits=packing.shares(split) if split else (),
+            ignore=None if ignore < 0 else ignore,
+            names=tuple(name.strip() for name in names.split(",")) if names else (),
+            bad=bad,
+        ),
+        allow_pipe,
+    )
     with _bar("packing") as bar:
         task = bar.add_task("", total=None)
-        dataset, made = packing.pack(
-            source,
-            out,
-            size=size,
-            shard_samples=shard_samples,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if part is not None:
+            if merge:
+                raise InputError("--part and --merge contradict each other; run the parts first, then --merge alone")
+            number, parts = _part(part)
+            written = packing.pack_part(packed, number - 1, parts, progress)
+        elif merge:
+            dataset, made = packing.merge(packed)
+        else:
+            dataset, made = packing.pack(packed, workers or _cores(), progress)
+    if part is not None:
+        print(
+            f"{out}: part {part} is written, {written} shards; when all parts are: the same command with --merge for --part"
         )
+        return
     if not made:
         print(f"{out}: packed already from the same source; nothing to do")
     _describe_dataset(dataset)
-    if dataset.manifest.image.height is None:
-        print("\nTo train the gan game on it, pack it with --size, since a generator makes images of one size.")
+    image = dataset.manifest.image
+    if image is None:
         return
-    recipe = "configs/dcgan.yaml"
-    print(f"\ntrain on it:  gandist train {recipe} data.path={out} run.folder=runs/{out.name}")
+    crop = " data.transform.crop=64" if image.height is None else ""
+    print(f"\ntrain on it:  gandist train configs/dcgan.yaml data.path={out} run.folder=runs/{out.name}{crop}")
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdigit() and parts.isdigit() and len(text) < 20):
+        raise InputError(f"--part {text!r}: must read I/N, such as 1/8")
+    return int(number), int(parts)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.command()
 def index(
     shards: Annotated[
-        list[Path], typer.Argument(metavar="SHARDS…", help="tar files of one folder, written by anybody")
+        list[str],
+        typer.Argument(metavar="SHARDS…", help="tars of one folder or URL, written by anybody; braces stand for many"),
     ],
     split: Annotated[str, typer.Option(help="the split that they are")] = "train",
+    out: Annotated[Path | None, typer.Option(help="the folder for the indexes  [default: beside the shards]")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="decode every image, to find damage that its head does not show")
+    ] = False,
+    names: Annotated[str | None, typer.Option(metavar="NAME,…", help="names of the classes, from class 0 on")] = None,
+    ignore: Annotated[
+        int, typer.Option(min=-1, max=255, help="the mask value of pixels without a class; -1 for none")
+    ] = 255,
 ) -> None:
-    """Index WebDataset shards that somebody else wrote, and describe them as a dataset."""
+    """Index WebDataset shards that somebody else wrote, and describe them as a dataset.
+
+    The shards stay where they are and as they are. Those behind a URL (s3://…, gs://…, https://…) are read once, and their
+    indexes go to the folder --out; `data.path` is then that folder.
+    """
     from gandist.data import pack as packing
+    from gandist.data.storage import expand
 
     with _bar("indexing") as bar:
         task = bar.add_task("", total=None)
-        dataset = packing.index(shards, split=split, progress=lambda done: bar.advance(task, done))
+        dataset = packing.index(
+            [found for shard in shards for found in expand(shard)],
+            split=split,
+            out=out,
+            decode=decode,
+            names=tuple(name.strip() for name in names.split(",")) if names else (),
+            ignore=None if ignore < 0 else ignore,
+            progress=lambda done: bar.advance(task, done),
+        )
     _describe_dataset(dataset)
-    print(f"\ntrain on it:  gandist train RECIPE data.path={dataset.folder}")
+    print(f"\ntrain on it:  gandist train RECIPE data.path={dataset.location}")
 
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="a dataset folder, a run folder, or one checkpoint")],
+    where: Annotated[
+        str, typer.Argument(metavar="PATH", help="a dataset folder or URL, a run folder, or one checkpoint")
+    ],
 ) -> None:
     """Check a dataset or a checkpoint to the last byte; exit code 1 names the fault."""
     from gandist import checkpoint
     from gandist.data.dataset import NAME, Dataset
+    from gandist.data.storage import is_remote
 
-    if (path / NAME).exists():
+    path = Path(where)
+    if is_remote(where) or (path / NAME).exists():
         try:
-            dataset = Dataset(path)
+            dataset = Dataset(where)
             with _bar("verifying") as bar:
                 task = bar.add_task(
                     "", total=sum(s.samples for shards in dataset.manifest.splits.values() for s in shards)
@@ -184,16 +298,15 @@ def verify(
 
 
 @app.command()
-def describe(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def describe(recipe: RecipeFile, overrides: Overrides = None, allow_pipe: AllowPipe = False) -> None:
     """Show the resolved recipe, the players, and what a run takes; nothing is trained."""
     from gandist.check import read_recipe
-    from gandist.data.dataset import Dataset
+    from gandist.data.opening import data_spec
     from gandist.describe import sides
     from gandist.game import Clock
 
-    loaded = read_recipe(recipe, overrides or [])
-    dataset = Dataset(Path(loaded.data.path))
-    spec = dataset.spec(loaded.data.split)
+    loaded = read_recipe(recipe, overrides or [], allow_pipe)
+    spec = data_spec(loaded.data, allow_pipe)
     print(loaded.to_yaml())
     players = sides(loaded, spec)
     steps = Clock(loaded.run.batch, loaded.run.images).steps_wanted
@@ -207,7 +320,12 @@ def describe(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _table(
         [
             *rows,
-            ("data", f"{spec.samples:,} samples, each seen {steps * loaded.run.batch / spec.samples:,.1f} times"),
+            (
+                "data",
+                f"{spec.samples:,} samples, each seen {steps * loaded.run.batch / spec.samples:,.1f} times"
+                if spec.samples
+                else "samples that nobody counted",
+            ),
             ("steps", f"{steps:,} of {loaded.run.batch} images"),
             (
                 "state",
@@ -243,6 +361,7 @@ def train(
     init_from: Annotated[
         Path | None, typer.Option(help="start a new run from the weights of this run or checkpoint")
     ] = None,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Train, or go on: the same command resumes from the newest valid checkpoint.
 
@@ -252,10 +371,10 @@ def train(
     from gandist.launcher import World
     from gandist.train import train as run
 
-    loaded = read_recipe(recipe, overrides or [])
+    loaded = read_recipe(recipe, overrides or [], allow_pipe)
     world = World.join(loaded.run.precision, loaded.run.accumulate)
     try:
-        code = run(loaded, world, init_from)
+        code = run(loaded, world, init_from, allow_pipe)
     finally:
         world.leave()
     raise typer.Exit(code)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import colorsys
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from gandist.data.dataset import Dataset
-from gandist.data.stream import Stream
+from gandist.data.opening import open_reader
+from gandist.data.stream import PARTS, Batch, Stream
+from gandist.game import Game
 from gandist.log import grid, save_png
 from gandist.recipe import InputError, Recipe
 
@@ -17,7 +20,10 @@ SHOWN = 64
 
 
 def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[str]:
-    """Lines of keys for draws `A:B` over `world_size` processes; writes the first images as a picture to `out`."""
+    """Lines of keys for draws `A:B` over `world_size` processes; writes the first images as a picture to `out`.
+
+    Every process's own stream is read, as in training, with all the parts that the game reads and the data has.
+    """
     match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", draws)
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"--draws {draws!r}: must be A:B with A less than B, such as 0:4")
@@ -27,26 +33,78 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
         raise InputError(
             f"`run.batch`: {recipe.run.batch} images cannot be split over {world_size} processes; use a multiple of {world_size * recipe.run.accumulate}"
         )
-    dataset = Dataset(Path(recipe.data.path))
-    shown: list[torch.Tensor] = []
-    stream = Stream(
-        dataset,
-        recipe.data.split,
-        parts=("image",),
-        batch=recipe.run.batch,
-        seed=recipe.run.seed,
-        device=torch.device("cpu"),
-        workers=recipe.data.workers,
-    )
-    share = recipe.run.batch // world_size
+    if recipe.data.reader != "index":
+        raise InputError("`data.reader`: webdataset has no keys to tell beforehand; `inspect` needs the index reader")
+    assert isinstance(recipe.game, Game)
+    reader = open_reader(recipe.data)
+    roles = reader.dataset.spec(recipe.data.split).roles
+    parts = {*recipe.game.parts, *(role for role in roles if PARTS[role].role == role)}
+    streams = [
+        Stream(
+            reader,
+            recipe.data,
+            parts=sorted(parts),
+            batch=recipe.run.batch,
+            seed=recipe.run.seed,
+            device=torch.device("cpu"),
+            rank=rank,
+            ranks=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    shown: list[Tensor] = []
     try:
         for draw in range(int(match[1]), int(match[2])):
-            for rank in range(world_size):
-                keys = [stream.reader.key(n) for n in stream.numbers(draw, range(rank * share, (rank + 1) * share))]
-                yield f"draw {draw} rank {rank}: {' '.join(keys)}"
-            if sum(map(len, shown)) < SHOWN:
-                shown.append(stream.read(draw)[0]["image"])
+            for rank, stream in enumerate(streams):
+                for batch in stream.read(draw):
+                    for view, numbers in _views(batch).items():
+                        keys = " ".join(reader.key(number) for number in numbers)
+                        yield f"draw {draw} rank {rank}{view}: {keys}"
+                    if sum(map(len, shown)) < SHOWN:
+                        shown.append(picture(batch))
         save_png(grid(torch.cat(shown)[:SHOWN]), out)
         yield f"contact sheet: {out}"
     finally:
-        stream.close()
+        for stream in streams:
+            stream.close()
+
+
+def _views(batch: Batch) -> dict[str, list[int]]:
+    """The sample numbers by view; the first one needs no name."""
+    found: dict[str, list[int]] = {}
+    for part, numbers in batch.numbers.items():
+        view = PARTS[part].view
+        found["" if view == "labelled" else f" {view}"] = [*numbers]
+    return found
+
+
+def picture(batch: Batch) -> Tensor:
+    """(B, C, H, W) in −1 … 1 to look at: images, beside their masks in colours where they have any, or signals as lines."""
+    parts = batch.parts
+    if "signal" in parts:
+        return curves(parts["signal"])
+    images = parts["image"] if "image" in parts else parts["unlabelled"]
+    low, high = images.amin(), images.amax()
+    images = images if low >= -1 and high <= 1 else (images - low) / (high - low) * 2 - 1  # normalised by mean and std
+    if "mask" not in parts:
+        return images
+    colours = torch.tensor([colorsys.hsv_to_rgb(n * 0.381966 % 1, 0.8, 0.95) for n in range(255)] + [(0.0, 0.0, 0.0)])
+    masks = colours[parts["mask"]].permute(0, 3, 1, 2) * 2 - 1
+    return torch.cat([images.expand(-1, 3, -1, -1), masks], dim=3)
+
+
+def curves(signals: Tensor, height: int = 64, width: int = 128) -> Tensor:
+    """(B, 1, height, width) drawings of signals (B, C, L), each channel scaled to its own range."""
+    count, channels, length = signals.shape
+    columns = torch.linspace(0, length - 1, width).round().long()
+    values = signals[:, :, columns]
+    low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
+    rows = ((1 - (values - low) / (high - low).clamp_min(1e-12)) * (height - 1)).round().long()
+    drawn = torch.full((count, 1, height, width), -1.0)
+    place = torch.arange(height).view(1, 1, height, 1)
+    for channel in range(channels):
+        here = rows[:, channel]
+        before = torch.cat([here[:, :1], here[:, :-1]], dim=1)
+        top, bottom = torch.minimum(here, before), torch.maximum(here, before)
+        drawn[(place >= top[:, None, None]) & (place <= bottom[:, None, None])] = 1.0
+    return drawn

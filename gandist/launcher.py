@@ -175,12 +175,24 @@ class World:
             raise SystemExit(int(answer[0]))
         return int(answer[1])
 
-    def any(self, here: bool) -> bool:
-        """Whether it holds on any rank."""
-        flag = torch.tensor(int(here))
+    def any(self, *here: bool) -> list[bool]:
+        """Of each, whether it holds on any rank."""
+        flags = torch.tensor([int(flag) for flag in here])
         if self.ranks > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
-        return bool(flag)
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in flags]
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in the order of the ranks."""
+        if self.ranks == 1:
+            return [text]
+        data = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.ranks)]
+        dist.all_gather(lengths, torch.tensor([len(text.encode())]), group=self.control)
+        longest = max(1, *(int(length) for length in lengths))
+        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.ranks)]
+        dist.all_gather(padded, torch.nn.functional.pad(data, (0, longest - len(data))), group=self.control)
+        return [bytes(p[: int(n)].tolist()).decode() for p, n in zip(padded, lengths, strict=True)]
 
     def agree(self, what: str, mine: int) -> None:
         """Raises InputError on every rank unless all have the same number, a digest of `what`."""
@@ -188,7 +200,7 @@ class World:
         if self.ranks > 1:
             dist.broadcast(first, 0, group=self.control)
         differs = int(first) != mine
-        if self.any(differs):
+        if self.any(differs)[0]:
             here = f"rank {self.rank} differs from rank 0" if differs else "another rank differs from this one"
             raise InputError(
                 f"the processes do not have the same {what}: {here}; start all with the same recipe and data"
@@ -219,12 +231,12 @@ class Stop:
             raise KeyboardInterrupt
         self.requested = True
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks get the same answer."""
-        agreed = self.world.any(self.requested)
-        if agreed:
+    def agreed(self, trouble: bool = False) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any has trouble; all ranks get the same answers."""
+        stopping, troubled = self.world.any(self.requested, trouble)
+        if stopping:
             self.requested = True  # and never False: a request that came meanwhile would be lost
-        return agreed
+        return stopping, troubled
 
     def close(self) -> None:
         """Gives the signals back; on the way out after a request they are ignored instead.

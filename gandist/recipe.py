@@ -69,13 +69,78 @@ def suggestion(word: str, known: Mapping[str, object] | list[str]) -> str:
     return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(sorted(known))}"
 
 
+Side = Annotated[int, Field(ge=1, le=8192)]
+Finite = Annotated[float, Field(strict=False)]
+
+
+class TransformOptions(Section):
+    """In this order: `size` sets the shorter side, `pad` mirrors a border, `crop` cuts out a square, `flip` turns half of them.
+
+    Values become `range` (of 0 … 255), or are normalised by `mean` and `std` of a channel in 0 … 1, as pretrained networks want.
+    """
+
+    size: Side | None = None
+    pad: Annotated[int, Field(ge=0, le=512)] = 0
+    crop: Side | None = None
+    crop_at: Literal["random", "centre"] = "random"
+    flip: bool = False
+    range: Annotated[tuple[Finite, Finite], Field(strict=False)] = (-1.0, 1.0)
+    mean: Annotated[tuple[Finite, ...] | None, Field(strict=False)] = None
+    std: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...] | None, Field(strict=False)] = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> TransformOptions:
+        if self.range[0] >= self.range[1]:
+            raise ValueError(f"`range` {list(self.range)}: the first value must be less than the second")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("`mean` and `std` come together")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"`mean` has {len(self.mean)} values and `std` {len(self.std)}; one a channel")
+        if self.mean is not None and self.range != (-1.0, 1.0):
+            raise ValueError("`range` has no effect beside `mean` and `std`; leave one out")
+        if self.crop_at != "random" and self.crop is None:
+            raise ValueError("`crop_at` has no effect without `crop`")
+        return self
+
+
+class SubsetOptions(Section):
+    """A subset of the split: so many samples of each class, chosen by `seed`, whatever seed the run has."""
+
+    per_class: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
 class DataOptions(Section):
-    """What is read: a folder made by `gandist pack` or `gandist index`."""
+    """What is read, in which order: a dataset made by `gandist pack` or `gandist index`, here or behind a URL.
+
+    With `reader: webdataset` the path names tars, with braces for many, and nothing is indexed.
+    """
 
     path: Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)]  # the dataset's digest is compared instead
     split: str = "train"
-    reader: Annotated[Literal["index"], Field(**harmless)] = "index"
-    workers: Annotated[int, Field(ge=1, le=64, **harmless)] = 2  # decoding threads of each process
+    reader: Literal["index", "webdataset"] = "index"
+    shuffle: Literal["full", "window"] = "full"
+    window_shards: Annotated[int, Field(ge=1, le=4096)] = 16
+    transform: TransformOptions = TransformOptions()
+    unlabelled_transform: TransformOptions | None = None
+    subset: SubsetOptions | None = None
+    classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None  # of the labels, where no index counted them
+    buffer: Annotated[int, Field(ge=1, le=1_000_000)] = 1000  # samples that the webdataset reader shuffles among
+    workers: Annotated[int, Field(ge=0, le=64, **harmless)] = 2  # threads of each process; 0 reads when it is asked
+    quarantine: Annotated[int, Field(ge=0, le=100_000, **harmless)] = 0  # damaged samples that a run may go on past
+    cache: Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)] | None = None  # folder for remote files
+    cache_gib: Annotated[float, Field(gt=0, strict=False, **harmless)] = 64.0
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> DataOptions:
+        # Of a resolved recipe all keys are given, so that only those with a value of their own count.
+        given = {name for name, info in type(self).model_fields.items() if getattr(self, name) != info.default}
+        if "window_shards" in given and self.shuffle != "window":
+            raise ValueError("`window_shards` has no effect without `shuffle: window`")
+        indexed, streamed = {"split", "shuffle", "subset", "quarantine", "cache", "cache_gib"}, {"classes", "buffer"}
+        for name in sorted((indexed if self.reader == "webdataset" else streamed) & given):
+            raise ValueError(f"`{name}` has no effect with `reader: {self.reader}`")
+        return self
 
 
 class RunOptions(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import platform
 import resource
 import time
@@ -17,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from gandist import checkpoint
-from gandist.data.dataset import Dataset
-from gandist.data.stream import Stream
-from gandist.game import Clock, Game, draws_each_step
+from gandist.data.dataset import Spec
+from gandist.data.opening import data_digest, data_spec, open_batches
+from gandist.data.stream import Fault, Stream
+from gandist.game import Clock, Game, draws, draws_each_step
 from gandist.launcher import World
 from gandist.log import Bar, Log, Meter, grid
 from gandist.player import Player
@@ -31,11 +33,11 @@ MAX_SKIPPED = 100  # turns in a row without a finite gradient: the game is lost
 MAX_FAILED_SAVES = 3
 
 
-def make_players(recipe: Recipe, dataset: Dataset, device: torch.device, precision: Any) -> dict[str, Player]:
+def make_players(recipe: Recipe, spec: Spec, device: torch.device, precision: Any) -> dict[str, Player]:
     """The players with their initial weights, which depend on the seed and each player's name alone."""
     assert isinstance(recipe.game, Game)
     players = {}
-    for name, side in recipe.game.sides(dataset.spec(recipe.data.split)).items():
+    for name, side in recipe.game.sides(spec).items():
         torch.manual_seed(derive(recipe.run.seed, f"weights/{name}"))
         players[name] = Player(name, side.build(), side.options, device=device, precision=precision)
     return players
@@ -44,32 +46,33 @@ def make_players(recipe: Recipe, dataset: Dataset, device: torch.device, precisi
 class Run:
     """A run: its players, stream, clock and folder. Only rank 0 touches the folder."""
 
-    def __init__(self, recipe: Recipe, world: World, init_from: Path | None = None) -> None:
+    def __init__(self, recipe: Recipe, world: World, init_from: Path | None = None, allow_pipe: bool = False) -> None:
         assert isinstance(recipe.game, Game)
         self.recipe, self.world, self.game = recipe, world, recipe.game
         self.phases = self.game.phases()
         self.folder = Path(recipe.run.folder)
-        self.dataset = Dataset(Path(recipe.data.path))
+        digest, self.spec = data_digest(recipe.data), data_spec(recipe.data, allow_pipe)
         self.clock = Clock(recipe.run.batch, recipe.run.images)
-        self.decisive = recipe.decisive() | {"data": self.dataset.digest, "run.precision": world.precision}
+        self.decisive = recipe.decisive() | {"data": digest, "run.precision": world.precision}
         self.run_id = f"{derive(recipe.run.seed, 'run', time.time_ns()):016x}"
         self.found: checkpoint.Checkpoint | None = None
         self.warnings: list[str] = []
         self.init_from: str | None = None
         self.seconds = 0.0
-        text = recipe.to_yaml() + self.dataset.digest + world.precision
+        self.quarantined: set[int] = set()
+        self.lost_data = ""
+        text = recipe.to_yaml() + digest + world.precision
         same = hashlib.blake2b(text.encode(), digest_size=7).digest()
         world.agree("recipe, dataset and precision", int.from_bytes(same, "little"))
         resuming = world.lead(lambda: self._open_folder(init_from))
-        self.players = make_players(recipe, self.dataset, world.device, world.precision)
+        self.players = make_players(recipe, self.spec, world.device, world.precision)
         if resuming:
             self._resume()
         elif init_from is not None:
             self._start_from()
         self.resumed_step = self.clock.step if resuming else -1
-        self.stream = Stream(
-            self.dataset,
-            recipe.data.split,
+        self.stream = open_batches(
+            recipe.data,
             parts=self.game.parts,
             batch=recipe.run.batch,
             seed=recipe.run.seed,
@@ -77,8 +80,8 @@ class Run:
             rank=world.rank,
             ranks=world.ranks,
             accumulate=recipe.run.accumulate,
-            workers=recipe.data.workers,
             recall=draws_each_step(self.phases),
+            allow_pipe=allow_pipe,
         )
         self.meter = Meter()
         self.failed_saves = 0
@@ -95,6 +98,7 @@ class Run:
                 precision=world.precision,
                 **versions(),
             )
+            self._write_subset()
         self.bar = Bar(recipe.run.images, self.clock.images, world.leads)
         self._greet(bool(resuming))
         self._mark = (time.monotonic(), self.clock.step, 0.0)
@@ -142,6 +146,7 @@ class Run:
             )
         self._refuse_changes(state)
         self.run_id, self.seconds, self.init_from = state.run_id, state.seconds, state.init_from
+        self.quarantined = set(state.quarantined)
         if state.ranks != self.world.ranks:
             self.warnings.append(
                 f"{self.folder}: was saved by {state.ranks} processes and goes on with {self.world.ranks}: the same samples and "
@@ -226,7 +231,7 @@ class Run:
 
     def _greet(self, resuming: bool) -> None:
         say = self.bar.say
-        for warning in self.warnings:
+        for warning in [*self.warnings, *self.stream.promises()]:
             say(warning)
         if resuming:
             say(f"going on at {self.clock.images:,} images from {self.found.folder}" if self.found else "")
@@ -235,7 +240,51 @@ class Run:
         if self.clock.done:
             say(f"all {self.recipe.run.images:,} images are done; a larger `run.images` trains on")
 
+    def _write_subset(self) -> None:
+        """Which samples the labels of this run come from, by number and key."""
+        subset = self.recipe.data.subset
+        if subset is None or not isinstance(self.stream, Stream) or self.stream.subset is None:
+            return
+        reader = self.stream.reader
+        samples = [{"number": number, "key": reader.key(number)} for number in self.stream.subset.tolist()]
+        record = {"dataset": reader.dataset.digest, "split": self.recipe.data.split, **subset.model_dump()}
+        (self.folder / "subset.json").write_text(json.dumps({**record, "samples": samples}, indent=1) + "\n")
+
     # ---- while it runs
+
+    def data_faults(self) -> list[Fault]:
+        """Waits for the data of the next step, and returns what is wrong with it on this rank."""
+        if self.clock.done:
+            return []
+        return self.stream.ready(sorted({draw for phase in draws(self.phases, self.clock.step) for draw in phase}))
+
+    def cannot_go_on(self, faults: list[Fault]) -> bool:
+        """Notes the faults of all ranks; whether the data is lost, or more samples are bad than `data.quarantine` allows.
+
+        All ranks call it together and come to the same answer.
+        """
+        texts = self.world.gather(json.dumps(faults))
+        limit = self.recipe.data.quarantine
+        for number, message in (fault for text in texts for fault in json.loads(text)):
+            if number in self.quarantined:
+                continue
+            if number >= 0:
+                self.quarantined.add(number)
+            if self._log:
+                kind = "data_lost" if number < 0 else "quarantine"
+                self._log.event(kind, images=self.clock.images, sample=number, error=message)
+            if number < 0 or len(self.quarantined) > limit:
+                self.lost_data = self.lost_data or message
+            else:
+                self.bar.say(f"quarantined {len(self.quarantined)} of at most {limit} samples: {message}")
+        return bool(self.lost_data)
+
+    def refuse_lost_data(self) -> None:
+        """Raises Failure on every rank, with a checkpoint behind it, where the data did not allow going on."""
+        if self.lost_data:
+            limit = self.recipe.data.quarantine
+            advice = f"; `data.quarantine` {limit} allows no more bad samples" if len(self.quarantined) > limit else ""
+            raise Failure(f"{self.lost_data}{advice}; a checkpoint at {self.clock.images:,} images is saved")
 
     def upkeep(self, last: bool) -> None:
         """Logs, samples and saves what is due; comes before the step, so that the last step needs no code of its own."""
@@ -294,7 +343,8 @@ class Run:
                 init_from=self.init_from,
                 precision=self.world.precision,
                 ranks=self.world.ranks,
-                spec=self.dataset.spec(self.recipe.data.split),
+                spec=self.spec,
+                quarantined=tuple(sorted(self.quarantined)),
                 recipe=self.recipe.model_dump(mode="json"),
                 decisive=checkpoint.as_json(self.decisive),
                 versions=versions(),
@@ -329,9 +379,9 @@ class Run:
 
 
 @contextmanager
-def running(recipe: Recipe, world: World, init_from: Path | None = None) -> Iterator[Run]:
+def running(recipe: Recipe, world: World, init_from: Path | None = None, allow_pipe: bool = False) -> Iterator[Run]:
     """A run that is closed in any case."""
-    run = Run(recipe, world, init_from)
+    run = Run(recipe, world, init_from, allow_pipe)
     try:
         yield run
     finally:

@@ -33,17 +33,20 @@ def step(run: Run, phases: tuple[Phase, ...]) -> None:
             run.meter.add({f"grad_norm/{player.name}": turn.norm})
 
 
-def train(recipe: Recipe, world: World, init_from: Path | None = None) -> int:
+def train(recipe: Recipe, world: World, init_from: Path | None = None, allow_pipe: bool = False) -> int:
     """Trains or goes on; 0 when all images were counted, 75 when it was asked to stop and has saved."""
     stop = Stop(world)
-    with running(recipe, world, init_from) as run:
+    with running(recipe, world, init_from, allow_pipe) as run:
         while True:
-            stopping = stop.agreed()
+            faults = run.data_faults()
+            stopping, troubled = stop.agreed(bool(faults))
+            stopping |= troubled and run.cannot_go_on(faults)
             run.upkeep(last=run.clock.done or stopping)
             if run.clock.done or stopping:
                 break
             step(run, run.phases)
             run.clock.advance()
+        run.refuse_lost_data()
         if not run.clock.done:
             run.bar.say(
                 f"stopped at {run.clock.images:,} images on request; a checkpoint is saved, and the same command goes on"

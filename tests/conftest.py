@@ -20,7 +20,11 @@ import torch
 import torch.distributed as dist
 
 from gandist.cli import main
-from gandist.data.pack import pack
+from gandist.data.dataset import Dataset
+from gandist.data.opening import open_reader
+from gandist.data.pack import Options, Packing, pack
+from gandist.data.stream import Stream
+from gandist.recipe import DataOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,11 +59,26 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def packed(source: object, out: Path, workers: int = 1, **options: object) -> Dataset:
+    """A source packed in this process, in the source's order unless `shuffle` says otherwise."""
+    return pack(Packing(str(source), out, Options(**{"shuffle": None, **options})), workers)[0]
+
+
+def open_stream(
+    path: object, *, parts: tuple[str, ...] = ("image",), batch: int, seed: int = 0, rank: int = 0, ranks: int = 1,
+    accumulate: int = 1, recall: int = 1, **options: object,
+) -> Stream:  # fmt: skip
+    """A stream of a dataset on the CPU; `options` are those of the recipe's section `data`."""
+    chosen = DataOptions(path=str(path), **options)
+    return Stream(open_reader(chosen), chosen, parts=parts, batch=batch, seed=seed, device=torch.device("cpu"),
+                  rank=rank, ranks=ranks, accumulate=accumulate, recall=recall)  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded garments, packed; not to be written to."""
     folder = tmp_path_factory.mktemp("data") / "fashion"
-    pack("embedded:fashion-mnist", folder)
+    packed("embedded:fashion-mnist", folder)
     return folder
 
 

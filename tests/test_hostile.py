@@ -24,7 +24,7 @@ from PIL import Image
 
 from gandist import checkpoint
 from gandist.data.decode import image_pixels, image_shape
-from gandist.data.index import BLOCK
+from gandist.data.tar import BLOCK
 
 
 def png(path: Path) -> None:

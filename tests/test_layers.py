@@ -26,7 +26,7 @@ LAYERS = [
 ]
 DOORS = {
     "accelerate": {"launcher"},
-    "webdataset": {"data/pack"},
+    "webdataset": {"data/pack", "data/plain", "data/sources/shards"},
     "wandb": {"log"},
     "safetensors": {"checkpoint"},
     "pickle": set(),

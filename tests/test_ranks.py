@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import on_ranks, rows, run
+from conftest import on_ranks, open_stream, rows, run
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gandist import checkpoint
 from gandist.data.dataset import Dataset
-from gandist.data.stream import Stream
 from gandist.game import GAMES, Clock, Game, draws
 from gandist.launcher import World
 from gandist.player import Player
@@ -71,9 +70,7 @@ def _play(data: str, steps: int, batch_norm: bool) -> tuple[dict[str, Tensor], i
     for player in players.values():
         if isinstance(player.wrapped, DistributedDataParallel):
             player.wrapped.register_comm_hook(None, count)
-    stream = Stream(
-        dataset, "train", parts=("image",), batch=8, seed=0, device=device, rank=rank, ranks=ranks, accumulate=2
-    )
+    stream = open_stream(data, batch=8, rank=rank, ranks=ranks, accumulate=2)
     clock = Clock(8, 10**6)
     for _ in range(steps):
         for phase, numbers in zip(game.phases(), draws(game.phases(), clock.step), strict=True):

@@ -103,7 +103,7 @@ def test_weights_at_the_start_depend_on_seed_and_player_alone(
 
     def weights(*overrides: str) -> dict[str, torch.Tensor]:
         loaded = read_recipe(recipe(), list(overrides))
-        players = make_players(loaded, Dataset(fashion), torch.device("cpu"), "fp32")
+        players = make_players(loaded, Dataset(fashion).spec("train"), torch.device("cpu"), "fp32")
         return {name: player.parameters[0].detach() for name, player in players.items()}
 
     first, second = weights(), weights("game.discriminator.network={kind: dcgan, width: 4}")

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import webdataset
-from conftest import ENVIRONMENT, ROOT, on_ranks
+from conftest import ENVIRONMENT, ROOT, on_ranks, open_stream, packed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -185,12 +185,11 @@ def test_safetensors_takes_flipped_bits_and_refuses_channels_last() -> None:
 
 def test_webdataset_loses_samples_of_a_damaged_shard_in_silence_and_the_reader_does_not(tmp_path: Path) -> None:
     from gandist.data.index import scan
-    from gandist.data.pack import pack
     from gandist.data.read import Reader
     from gandist.recipe import InputError
 
     np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8), np.uint8))
-    dataset, _ = pack(str(tmp_path / "x.npz"), tmp_path / "x")
+    dataset = packed(tmp_path / "x.npz", tmp_path / "x")
     shard = tmp_path / "x" / "train-000000.tar"
     damaged = bytearray(shard.read_bytes())
     with tarfile.open(shard) as tar:
@@ -207,9 +206,6 @@ def test_webdataset_loses_samples_of_a_damaged_shard_in_silence_and_the_reader_d
 
 
 def test_webdatasets_shuffle_ignores_every_seed_and_the_stream_does_not(fashion: Path) -> None:
-    from gandist.data.dataset import Dataset
-    from gandist.data.stream import Stream
-
     def naive() -> list[str]:
         torch.manual_seed(0)
         np.random.seed(0)
@@ -220,7 +216,7 @@ def test_webdatasets_shuffle_ignores_every_seed_and_the_stream_does_not(fashion:
         ]
 
     assert naive() != naive()
-    streams = [Stream(Dataset(fashion), "train", parts=("image",), batch=50, seed=0, device=CPU) for _ in range(2)]
+    streams = [open_stream(fashion, batch=50) for _ in range(2)]
     assert streams[0].numbers(3) == streams[1].numbers(3)
     for stream in streams:
         stream.close()
@@ -294,10 +290,9 @@ def _half_lost(shards: list[str]) -> list[int]:
 
 def test_a_prepared_loader_of_split_shards_loses_half_the_data_and_the_stream_loses_none(tmp_path: Path) -> None:
     from gandist.data import order
-    from gandist.data.pack import pack
 
     np.savez(tmp_path / "x.npz", images=np.zeros((160, 8, 8), np.uint8))
-    pack(str(tmp_path / "x.npz"), tmp_path / "x", shard_samples=20)
+    packed(tmp_path / "x.npz", tmp_path / "x", shard_samples=20)
     shards = [str(path) for path in sorted((tmp_path / "x").glob("*.tar"))]
     read = on_ranks(2, _half_lost, shards)
     assert len({key for keys in read for key in keys}) == 80  # of 160, and no error

@@ -1,33 +1,30 @@
-"""A dataset: a folder of shards with their indexes, and `dataset.json`, which says what they hold and hash to."""
+"""A dataset: shards with their indexes, and `dataset.json`, which says what they hold and hash to."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from gandist.data.decode import (
-    ENCODED,
-    IMAGE_SUFFIXES,
-    LABEL_SUFFIX,
-    MAX_PIXELS,
-    check_encoded,
-    image_shape,
-    label_number,
-)
-from gandist.data.index import ShardIndex, digest, index_path, scan
-from gandist.recipe import Failure, InputError, Section, suggestion, wording
+from gandist.data.decode import MAX_PIXELS, MAX_SIGNAL
+from gandist.data.index import index_path
+from gandist.data.storage import Store
+from gandist.recipe import NO_NUL, Failure, InputError, Section, suggestion, wording
 
 NAME = "dataset.json"
+MAX_MANIFEST = 1 << 28
+MAX_CLASSES = 1_000_000
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 SHARD_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.tar$"
 FileName = Annotated[str, Field(pattern=SHARD_NAME)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Names = tuple[str, ...]
 
 
 class ImageSpec(Section):
@@ -47,8 +44,8 @@ class ImageSpec(Section):
 class LabelSpec(Section):
     """Classes 0 … classes-1; `names` is empty where nobody gave any."""
 
-    classes: Annotated[int, Field(ge=1, le=1_000_000)]
-    names: tuple[str, ...] = ()
+    classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
+    names: Names = ()
 
     @model_validator(mode="after")
     def _names_fit(self) -> LabelSpec:
@@ -57,32 +54,80 @@ class LabelSpec(Section):
         return self
 
 
+class MaskSpec(Section):
+    """Classes 0 … classes-1 of pixels; `ignore` is the value of pixels that have none."""
+
+    classes: Annotated[int, Field(ge=1, le=256)]
+    ignore: Annotated[int, Field(ge=0, le=255)] | None = 255
+    names: Names = ()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> MaskSpec:
+        if len(self.names) not in (0, self.classes):
+            raise ValueError(f"{len(self.names)} names for {self.classes} classes")
+        return self
+
+
+class SignalSpec(Section):
+    """1-D signals: (channels, length) values each."""
+
+    channels: Annotated[int, Field(ge=1, le=4096)]
+    length: Count
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> SignalSpec:
+        if self.channels * self.length > MAX_SIGNAL:
+            raise ValueError(f"{self.channels}×{self.length} values are too many; the limit is {MAX_SIGNAL}")
+        return self
+
+
 class Shard(Section):
-    """One tar beside its index."""
+    """One tar and its index."""
 
     name: FileName
     samples: Count
     bytes: Count
     digest: Hex
+    index_bytes: Count
     index_digest: Hex
 
 
 class Spec(Section):
-    """What a game is told of the data."""
+    """What a game is told of the data; `samples` is None where nobody counted them."""
 
-    samples: Count
-    image: ImageSpec
+    samples: Count | None
+    image: ImageSpec | None
     label: LabelSpec | None
+    mask: MaskSpec | None = None
+    signal: SignalSpec | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The members that every sample has."""
+        return tuple(role for role in ("image", "label", "mask", "signal") if getattr(self, role) is not None)
+
+
+class Counts(Section):
+    """What a split holds by class: samples by label, pixels by mask class, and files left out because they are damaged."""
+
+    labels: tuple[Natural, ...] = ()
+    mask_pixels: tuple[Natural, ...] = ()
+    ignored_pixels: Natural = 0
+    skipped: Natural = 0
 
 
 class Manifest(Section):
     """The contents of `dataset.json`."""
 
-    gandist_dataset: Literal[1] = 1
+    gandist_dataset: Literal[2] = 2
     source: dict[str, str | int | None]
-    image: ImageSpec
+    image: ImageSpec | None
     label: LabelSpec | None
+    mask: MaskSpec | None = None
+    signal: SignalSpec | None = None
+    shards_at: Annotated[str, Field(min_length=1, pattern=NO_NUL)] | None = None  # where the tars lie, if not here
     splits: Annotated[dict[str, Annotated[tuple[Shard, ...], Field(min_length=1)]], Field(min_length=1)]
+    counts: dict[str, Counts] = {}
 
     @model_validator(mode="after")
     def _counts_each_shard_once(self) -> Manifest:
@@ -90,6 +135,17 @@ class Manifest(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is named twice; each shard counts once")
         return self
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> Manifest:
+        if self.image is None and self.signal is None:
+            raise ValueError("neither images nor signals")
+        return self
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the samples were shuffled before they were written."""
+        return self.source.get("shuffle") is not None
 
 
 def file_digest(path: Path) -> str:
@@ -99,144 +155,90 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes aside, syncs and renames, so that `path` holds either the old bytes or the new ones."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
+    """Writes aside, syncs and renames, so that `path` holds either the old bytes or the new ones.
+
+    The name aside is unique: processes that write the same file at once write the same bytes.
+    """
+    handle, aside = tempfile.mkstemp(suffix=".tmp", prefix=path.name, dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+        os.fchmod(handle, 0o644)
+    os.replace(aside, path)
 
 
 class Dataset:
-    """An opened dataset folder; `digest` names its contents to the last byte."""
+    """An opened dataset, in a local folder or behind a URL; `digest` names its contents to the last byte."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = folder / NAME
+    def __init__(self, location: str | Path) -> None:
+        self.store = Store.at(str(location))
+        self.location = self.store.location
         try:
-            text = path.read_bytes()
-        except OSError as error:
+            text = self.store.read(NAME, MAX_MANIFEST)
+        except (InputError, Failure) as error:
             raise InputError(
-                f"{folder}: no dataset: {path.name} cannot be read ({error.strerror}); make one with "
-                f"`gandist pack SOURCE {folder}`, or with `gandist index` from shards that you have"
+                f"{location}: no dataset: {error}; make one with "
+                f"`gandist pack SOURCE {location}`, or with `gandist index` from shards that you have"
             ) from None
         try:
             self.manifest = Manifest.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            raise InputError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {wording(first)}") from None
+            raise InputError(
+                f"{self.store.name(NAME)}: `{'.'.join(map(str, first['loc']))}`: {wording(first)}"
+            ) from None
         self.digest = hashlib.blake2b(text, digest_size=32).hexdigest()
+        self.shard_store = Store.at(self.manifest.shards_at) if self.manifest.shards_at else self.store
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split; raises InputError when there is no such split."""
         splits = self.manifest.splits
         if split not in splits:
-            raise InputError(f"{self.folder}: {split!r} is not a split{suggestion(split, splits)}")
+            raise InputError(f"{self.location}: {split!r} is not a split{suggestion(split, splits)}")
         return splits[split]
 
     def spec(self, split: str) -> Spec:
-        """Counts and sizes of a split."""
+        """Counts and sizes of a split as it is stored."""
+        m = self.manifest
         samples = sum(shard.samples for shard in self.shards(split))
-        return Spec(samples=samples, image=self.manifest.image, label=self.manifest.label)
+        return Spec(samples=samples, image=m.image, label=m.label, mask=m.mask, signal=m.signal)
 
     def check_sizes(self, split: str) -> None:
-        """Refuses, at a cost of two `stat` a shard, shards that are missing or were replaced."""
+        """Refuses, at a cost of two `stat` a shard, local shards that are missing or were replaced; raises InputError."""
         for shard in self.shards(split):
-            path = self.folder / shard.name
-            try:
-                found = path.stat().st_size
-            except OSError as error:
-                raise InputError(f"{path}: {error.strerror}; `{NAME}` names it") from None
-            if found != shard.bytes:
-                raise InputError(
-                    f"{path}: {found} bytes, and `{NAME}` says {shard.bytes}: the shard was replaced or cut off"
-                )
-            if not index_path(path).exists():
-                raise InputError(f"{index_path(path)}: missing; make it with `gandist index`")
+            if self.shard_store.local is not None:
+                path = self.shard_store.local / shard.name
+                try:
+                    found = path.stat().st_size
+                except OSError as error:
+                    raise InputError(f"{path}: {error.strerror}; `{NAME}` names it") from None
+                if found != shard.bytes:
+                    raise InputError(
+                        f"{path}: {found} bytes, and `{NAME}` says {shard.bytes}: the shard was replaced or cut off"
+                    )
+            if self.store.local is not None and not index_path(self.store.local / shard.name).exists():
+                raise InputError(f"{index_path(self.store.local / shard.name)}: missing; make it with `gandist index`")
 
     def verify(self, progress: Callable[[int], None] = lambda _: None) -> str:
         """Reads every byte; returns the digest of the dataset or raises Failure naming the first damaged file."""
-        for split, shards in self.manifest.splits.items():
-            self.check_sizes(split)
-            for shard in shards:
-                path = self.folder / shard.name
-                for file, expected in ((path, shard.digest), (index_path(path), shard.index_digest)):
-                    found = file_digest(file)
-                    if found != expected:
-                        raise Failure(
-                            f"{file}: damaged: its digest is {found[:16]}…, and `{NAME}` says {expected[:16]}…"
-                        )
-                progress(shard.samples)
+        with tempfile.TemporaryDirectory() as aside:
+            for split, shards in self.manifest.splits.items():
+                self.check_sizes(split)
+                for shard in shards:
+                    for store, name, expected in (
+                        (self.shard_store, shard.name, shard.digest),
+                        (self.store, index_path(Path(shard.name)).name, shard.index_digest),
+                    ):
+                        path = store.local / name if store.local is not None else Path(aside) / name
+                        if store.local is None:
+                            store.fetch(name, path)
+                        found = file_digest(path)
+                        if found != expected:
+                            raise Failure(
+                                f"{store.name(name)}: damaged: its digest is {found[:16]}…, and `{NAME}` says {expected[:16]}…"
+                            )
+                        if store.local is None:
+                            path.unlink()
+                    progress(shard.samples)
         return self.digest
-
-
-class Indexer:
-    """Indexes shards and learns what they hold; `finish` writes `dataset.json`."""
-
-    def __init__(self, folder: Path, decode: bool = False) -> None:
-        self.folder, self.decode = folder, decode  # every encoded image, once, to its end
-        self.sizes: set[tuple[int, int]] = set()
-        self.channels: set[int] = set()
-        self.labels = 0
-        self.classes = 0
-        self.samples = 0
-
-    def add(self, path: Path, progress: Callable[[int], None] = lambda _: None) -> Shard:
-        """Scans one shard, writes its index beside it and returns its record."""
-        if not re.fullmatch(SHARD_NAME, path.name):
-            raise InputError(
-                f"{path}: a shard's name must be letters, digits, '.', '_' and '-', and end with .tar; rename it"
-            )
-        rows = []
-        for sample in scan(path):
-            rows.append((sample.offset, {s: (p, len(d), digest(d)) for s, (p, d) in sample.members.items()}))
-            images = [suffix for suffix in sample.members if suffix in IMAGE_SUFFIXES]
-            if len(images) != 1:
-                raise InputError(
-                    f"{path}: sample {sample.key!r} has {len(images)} images among its members "
-                    f"{', '.join(sample.members)}; one is needed, as one of: {', '.join(IMAGE_SUFFIXES)}"
-                )
-            try:
-                height, width, channels = image_shape(sample.members[images[0]][1], images[0])
-                if self.decode and images[0] in ENCODED:
-                    check_encoded(sample.members[images[0]][1], images[0])
-                if LABEL_SUFFIX in sample.members:
-                    self.classes = max(self.classes, 1 + label_number(sample.members[LABEL_SUFFIX][1]))
-                    self.labels += 1
-            except ValueError as error:
-                raise InputError(f"{path}: sample {sample.key!r} {error}") from None
-            self.sizes.add((height, width))
-            self.channels.add(channels)
-            self.samples += 1
-            progress(1)
-        index = ShardIndex.build(rows, path.stat().st_size)
-        write_atomically(index_path(path), index.to_bytes())
-        return Shard(
-            name=path.name,
-            samples=len(rows),
-            bytes=index.shard_bytes,
-            digest=file_digest(path),
-            index_digest=file_digest(index_path(path)),
-        )
-
-    def finish(
-        self, splits: dict[str, tuple[Shard, ...]], source: dict[str, str | int | None], names: tuple[str, ...] = ()
-    ) -> Dataset:
-        """Writes `dataset.json` last, so that a folder that has one is complete."""
-        if 0 < self.labels < self.samples:
-            raise InputError(f"{self.folder}: {self.labels} of {self.samples} samples have a label; all or none must")
-        same = len(self.sizes) == 1
-        height, width = next(iter(self.sizes)) if same else (None, None)
-        if len(self.channels) > 1 and not self.channels <= {1, 3}:
-            raise InputError(f"{self.folder}: images with {sorted(self.channels)} channels cannot be mixed")
-        names = names if len(names) >= self.classes else ()
-        label = LabelSpec(classes=len(names) or self.classes, names=names) if self.labels else None
-        manifest = Manifest(
-            source=source,
-            image=ImageSpec(height=height, width=width, channels=max(self.channels)),
-            label=label,
-            splits=splits,
-        )
-        write_atomically(self.folder / NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
-        return Dataset(self.folder)

@@ -6,19 +6,42 @@ import io
 import math
 import struct
 import tokenize
+import zlib
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+png_decode: Any
+try:  # wheels exist for the usual platforms; Pillow gives the same pixels elsewhere, at a third of the pace
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+try:
+    from imagecodecs import png_decode
+except ImportError:
+    png_decode = None
+
 Pixels = npt.NDArray[np.uint8]
+Bytes = bytes | memoryview
 
 ENCODED = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "bmp": "BMP"}  # suffix -> Pillow's format
 IMAGE_SUFFIXES = ("npy", *ENCODED)
 LABEL_SUFFIX = "cls"
+MASK_SUFFIXES = ("mask.png", "mask.npy", "seg.png")
+SIGNAL_SUFFIX = "signal.npy"
+ROLES = {  # what a member is, by its suffix; members of other suffixes are never read
+    **dict.fromkeys(IMAGE_SUFFIXES, "image"),
+    LABEL_SUFFIX: "label",
+    **dict.fromkeys(MASK_SUFFIXES, "mask"),
+    SIGNAL_SUFFIX: "signal",
+}
 MAX_PIXELS = 1 << 26
+MAX_SIGNAL = 1 << 24  # values of one signal
 _GREY_MODES = ("1", "L", "LA")
+_EXIF = b"Exif\0\0"
 
 
 def channels_of(image: Image.Image) -> int:
@@ -27,8 +50,8 @@ def channels_of(image: Image.Image) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _npy_shape(header: bytes) -> tuple[int, ...]:
-    """The shape of a version-1 .npy header of uint8 in C order; the same few headers come again and again."""
+def _npy_shape(header: bytes, kind: str = "|u1", axes: tuple[int, ...] = (2, 3)) -> tuple[int, ...]:
+    """The shape of a version-1 .npy header in C order; the same few headers come again and again."""
     stream = io.BytesIO(header)
     try:
         version = np.lib.format.read_magic(stream)
@@ -37,22 +60,90 @@ def _npy_shape(header: bytes) -> tuple[int, ...]:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1024)
     except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, tokenize.TokenError) as error:
         raise ValueError(f"has no .npy header that is read: {error}") from None
-    if dtype != np.uint8 or fortran:
-        raise ValueError(f"holds {dtype} {'in Fortran order' if fortran else ''}; an image is uint8 in C order")
-    if len(shape) not in (2, 3) or not all(type(n) is int and n >= 1 for n in shape) or shape[2:] > (16,):
-        raise ValueError(f"has shape {shape}; an image is (height, width) or (height, width, channels)")
+    if dtype != np.dtype(kind) or fortran:
+        wanted = "an image is uint8" if kind == "|u1" else "a signal is float32"
+        raise ValueError(f"holds {dtype} {'in Fortran order' if fortran else ''}; {wanted} in C order")
+    if len(shape) not in axes or not all(type(n) is int and n >= 1 for n in shape) or shape[2:] > (16,):
+        wanted = (
+            "a signal is (channels, length)"
+            if kind != "|u1"
+            else "an image is (height, width) or (height, width, channels)"
+        )
+        raise ValueError(f"has shape {shape}; {wanted}")
     return shape
 
 
-def _npy(data: bytes | memoryview) -> Pixels:
-    """(H, W, C) view of the bytes of a .npy member."""
+def npy_header(data: Bytes) -> bytes:
+    """The header of a .npy member, up to where its values begin."""
     if len(data) < 10:
         raise ValueError("is cut off")
-    end = 10 + int.from_bytes(data[8:10], "little")
-    shape = _npy_shape(bytes(data[:end]))
-    if len(data) - end != math.prod(shape):
-        raise ValueError(f"holds {len(data) - end} bytes of pixels for shape {shape}")
-    return np.frombuffer(data, np.uint8, offset=end).reshape(shape if len(shape) == 3 else (*shape, 1))
+    return bytes(data[: 10 + int.from_bytes(data[8:10], "little")])
+
+
+def npy_shape(header: bytes) -> tuple[int, int, int]:
+    """(H, W, C) of an image from its .npy header; raises ValueError."""
+    shape = _npy_shape(header)
+    return shape if len(shape) == 3 else (*shape, 1)  # type: ignore[return-value]
+
+
+def _npy(data: Bytes) -> Pixels:
+    """(H, W, C) view of the bytes of a .npy member."""
+    header = npy_header(data)
+    shape = npy_shape(header)
+    if len(data) - len(header) != math.prod(shape):
+        raise ValueError(f"holds {len(data) - len(header)} bytes of pixels for shape {shape}")
+    return np.frombuffer(data, np.uint8, offset=len(header)).reshape(shape)
+
+
+def signal_values(data: Bytes) -> npt.NDArray[np.float32]:
+    """(C, L) view of the values of a signal; raises ValueError."""
+    header = npy_header(data)
+    shape = _npy_shape(header, "<f4", (2,))
+    if len(data) - len(header) != 4 * math.prod(shape) or math.prod(shape) > MAX_SIGNAL:
+        raise ValueError(
+            f"holds {len(data) - len(header)} bytes of values for shape {shape}; the limit is {MAX_SIGNAL} values"
+        )
+    values = np.frombuffer(data, "<f4", offset=len(header)).reshape(shape)
+    if not np.isfinite(values).all():
+        raise ValueError("holds values that are not finite")
+    return values
+
+
+def _jpeg_head(data: Bytes) -> tuple[int, int, int] | None:
+    """(height, width, channels) of a JPEG that can be decoded as it lies; None where Pillow must look."""
+    if simplejpeg is None or _EXIF in bytes(data[: 1 << 16]):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    channels = {"Gray": 1, "YCbCr": 3}.get(colours)
+    return (height, width, channels) if channels and height * width <= MAX_PIXELS else None
+
+
+def _png_head(data: Bytes) -> tuple[int, int, int] | None:
+    """(height, width, channels) of a PNG of 8 bits a channel, grey or RGB, and nothing out of the ordinary; else None."""
+    head = bytes(data[:33])
+    if len(head) < 33 or head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
+        return None
+    width, height, depth, colour = struct.unpack(">IIBB", head[16:26])
+    channels = {0: 1, 2: 3}.get(colour) if depth == 8 else None
+    if (
+        not channels
+        or not 0 < width * height <= MAX_PIXELS
+        or zlib.crc32(head[12:29]) != int.from_bytes(head[29:33], "big")
+    ):
+        return None
+    before_pixels = bytes(
+        data[33 : 1 << 12]
+    )  # what could turn the image, add a channel or make libpng complain is here
+    return None if any(chunk in before_pixels for chunk in (b"eXIf", b"tRNS", b"iCCP")) else (height, width, channels)
+
+
+def _fast_head(data: Bytes, suffix: str) -> tuple[int, int, int] | None:
+    if suffix in ("jpg", "jpeg"):
+        return _jpeg_head(data)
+    return _png_head(data) if suffix == "png" else None
 
 
 def open_encoded(data: bytes | memoryview, suffix: str) -> Image.Image:
@@ -78,11 +169,17 @@ def check_encoded(data: bytes | memoryview, suffix: str) -> None:
         raise ValueError(f"cannot be decoded: {error}") from None
 
 
-def image_shape(data: bytes | memoryview, suffix: str) -> tuple[int, int, int]:
-    """(height, width, channels) as `image_pixels` will give them, from the header alone; raises ValueError."""
+def image_shape(data: Bytes, suffix: str) -> tuple[int, int, int]:
+    """(height, width, channels) as `decoded` will give them, from the header alone; raises ValueError."""
     if suffix == "npy":
-        height, width, channels = _npy(data).shape
+        header = npy_header(data)
+        height, width, channels = npy_shape(header)
+        if len(data) - len(header) != height * width * channels:
+            raise ValueError(f"holds {len(data) - len(header)} bytes of pixels for shape {(height, width, channels)}")
         return height, width, channels
+    fast = _fast_head(data, suffix)
+    if fast is not None:
+        return fast
     image = open_encoded(data, suffix)
     width, height = image.size
     try:
@@ -101,25 +198,64 @@ def to_array(image: Image.Image, channels: int) -> Pixels:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def image_pixels(data: bytes | memoryview, suffix: str, out: Pixels) -> None:
-    """Decodes an image into `out` (H, W, C); raises ValueError when it is damaged or has another size."""
+def decoded(data: Bytes, suffix: str, channels: int, out: Pixels | None = None) -> Pixels:
+    """(H, W, channels) pixels of an image, in `out` where that has its size; raises ValueError when it is damaged.
+
+    Which library decodes does not show in the pixels: both use libjpeg-turbo's accurate transform.
+    """
     if suffix == "npy":
-        pixels = _npy(data)
-    else:
-        image = open_encoded(data, suffix)
-        height, width, _ = image_shape(data, suffix)
-        if (height, width) != out.shape[:2]:
-            raise ValueError(f"is {width}×{height}, and the dataset says {out.shape[1]}×{out.shape[0]}")
+        return _npy(data)
+    head = _fast_head(data, suffix)
+    if head is not None and head[2] == channels:
+        into = out if out is not None and out.shape == head and out.flags.c_contiguous else None
         try:
-            pixels = to_array(image, out.shape[2])
-        except (OSError, SyntaxError, ValueError) as error:
+            if suffix != "png":
+                colours = "GRAY" if channels == 1 else "RGB"
+                pixels: Pixels = simplejpeg.decode_jpeg(data, colours, fastdct=False, fastupsample=False, buffer=into)
+                return pixels
+            if png_decode is not None:
+                pixels = png_decode(
+                    bytes(data), out=into.reshape(head if channels == 3 else head[:2]) if into is not None else None
+                )
+                return pixels.reshape(head)
+        except (ValueError, RuntimeError) as error:  # imagecodecs' own errors are RuntimeErrors
             raise ValueError(f"cannot be decoded: {error}") from None
-    if pixels.shape != out.shape and pixels.shape != (*out.shape[:2], 1):  # grey spreads over the channels
-        raise ValueError(f"has shape {pixels.shape}, and the dataset says {out.shape}")
-    out[:] = pixels
+    image = open_encoded(data, suffix)
+    try:
+        return to_array(image, channels)
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(f"cannot be decoded: {error}") from None
 
 
-def label_number(data: bytes | memoryview) -> int:
+def image_pixels(data: Bytes, suffix: str, out: Pixels) -> None:
+    """Decodes an image into `out` (H, W, C); raises ValueError when it is damaged or has another size."""
+    height, width, _ = image_shape(data, suffix)
+    if (height, width) != out.shape[:2]:  # before pixels are allocated
+        raise ValueError(f"is {width}×{height}, and the dataset says {out.shape[1]}×{out.shape[0]}")
+    pixels = decoded(data, suffix, out.shape[2], out)
+    if pixels.shape[2] != out.shape[2] and pixels.shape[2] != 1:
+        raise ValueError(f"has {pixels.shape[2]} channels, and the dataset says {out.shape[2]}")
+    if not np.shares_memory(pixels, out):
+        out[:] = pixels
+
+
+def mask_classes(data: Bytes, suffix: str) -> Pixels:
+    """(H, W) class numbers of a mask: the values of a grey PNG, the indices of a palette PNG, or a 2-D array; raises ValueError."""
+    if suffix.endswith("npy"):
+        pixels = _npy(data)
+        if pixels.shape[2] != 1:
+            raise ValueError(f"has {pixels.shape[2]} channels; a mask has one")
+        return pixels[:, :, 0]
+    image = open_encoded(data, "png")
+    if image.mode not in ("P", "L", "1"):
+        raise ValueError(f"has the mode {image.mode}; a mask is a grey or palette PNG of class numbers, not of colours")
+    try:
+        return np.asarray(image, dtype=np.uint8)  # of a palette image these are its indices
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"cannot be decoded: {error}") from None
+
+
+def label_number(data: Bytes) -> int:
     """The class number that a `.cls` member holds as text."""
     text = bytes(data[:24])
     if not text.strip().isdigit() or len(data) > 20:

@@ -1,6 +1,11 @@
 """Order is arithmetic: which sample stands at which place of an endless shuffled sequence, computed and never stored."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +30,12 @@ class Permutation:
     Costs no memory and about 0.2 µs an item at any length; the domain is less than 4 × length, so few cycles are walked.
     """
 
-    def __init__(self, length: int, seed: int, purpose: str, epoch: int) -> None:
+    def __init__(self, length: int, seed: int, purpose: str, *counters: int) -> None:
         assert length > 0
         self.length = length
         half = max(1, ((length - 1).bit_length() + 1) // 2)
         self._shift, self._mask = np.uint64(half), np.uint64((1 << half) - 1)
-        self._keys = [np.uint64(derive(seed, purpose, epoch, number)) for number in range(ROUNDS)]
+        self._keys = [np.uint64(derive(seed, purpose, *counters, number)) for number in range(ROUNDS)]
 
     def _encrypt(self, values: Integers) -> Integers:
         left, right = values >> self._shift, values & self._mask
@@ -48,20 +53,115 @@ class Permutation:
         return items
 
 
-@lru_cache(maxsize=8)
-def _epoch(length: int, seed: int, purpose: str, epoch: int) -> Permutation:
-    return Permutation(length, seed, purpose, epoch)
+class Order(Protocol):
+    """The samples at places of an endless sequence that has each of `length` samples once an epoch."""
+
+    @property
+    def length(self) -> int:
+        """Samples of an epoch."""
+
+    def __call__(self, places: Integers) -> Integers:
+        """The sample numbers at `places`, which may lie in several epochs."""
+
+
+def _by_epoch(places: Integers, length: int) -> list[tuple[int, npt.NDArray[np.bool_], Integers]]:
+    """(epoch, which of `places` lie in it, their places within it)."""
+    epochs, inside = np.divmod(places, np.uint64(length))
+    return [(int(epoch), here := epochs == epoch, inside[here]) for epoch in np.unique(epochs)]
+
+
+@lru_cache(maxsize=16)
+def _permutation(length: int, seed: int, purpose: str, *counters: int) -> Permutation:
+    return Permutation(length, seed, purpose, *counters)
+
+
+@dataclass(frozen=True)
+class Full:
+    """A new permutation of all samples each epoch: for disks that read anywhere at the same pace."""
+
+    length: int
+    seed: int
+    purpose: str = "order"
+
+    def __call__(self, places: Integers) -> Integers:
+        """The sample numbers at `places`."""
+        items = np.empty_like(places)
+        for epoch, here, inside in _by_epoch(places, self.length):
+            items[here] = _permutation(self.length, self.seed, self.purpose, epoch)(inside)
+        return items
+
+
+class Windowed:
+    """Shards in a new order each epoch, `window` of them mixed at a time: for stores that read whole files best.
+
+    Within a window every sample may stand anywhere; no sample leaves its window. As random as `Full` where the shards were
+    shuffled when they were packed, and no better than the window where they are sorted.
+    """
+
+    def __init__(self, sizes: Sequence[int], window: int, seed: int, purpose: str = "order") -> None:
+        self.sizes = np.asarray(sizes, np.uint64)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.length, self.window, self.seed, self.purpose = int(self.sizes.sum()), window, seed, purpose
+        self._epochs: dict[int, tuple[Integers, Integers, Integers]] = {}
+
+    def _epoch(self, epoch: int) -> tuple[Integers, Integers, Integers]:
+        """The shards in the order of an epoch, where each ends, and where each window ends."""
+        found = self._epochs.get(epoch)
+        if found is None:
+            shards = Permutation(len(self.sizes), self.seed, f"{self.purpose}/shards", epoch)(
+                np.arange(len(self.sizes), dtype=np.uint64)
+            )
+            ends = np.cumsum(self.sizes[shards])
+            window_ends = ends[[*range(self.window - 1, len(ends) - 1, self.window), len(ends) - 1]]
+            found = shards, ends, window_ends
+            self._epochs = {known: value for known, value in self._epochs.items() if abs(known - epoch) <= 1}
+            self._epochs[epoch] = (
+                found  # a whole new dict and one entry: threads may do it twice, and see no half of it
+            )
+        return found
+
+    def __call__(self, places: Integers) -> Integers:
+        """The sample numbers at `places`."""
+        items = np.empty_like(places)
+        for epoch, here, inside in _by_epoch(places, self.length):
+            shards, ends, window_ends = self._epoch(epoch)
+            windows = np.searchsorted(window_ends, inside, side="right")
+            found = np.empty_like(inside)
+            for number in np.unique(windows).tolist():
+                begin = window_ends[number - 1] if number else np.uint64(0)
+                among = windows == number
+                mixed = _permutation(
+                    int(window_ends[number] - begin), self.seed, f"{self.purpose}/window", epoch, number
+                )(inside[among] - begin)
+                place = mixed + begin
+                shard = np.searchsorted(ends, place, side="right")
+                found[among] = place - (ends[shard] - self.sizes[shards[shard]]) + self.starts[shards[shard]]
+            items[here] = found
+        return items
+
+    def windows(self, place: int, count: int) -> list[list[int]]:
+        """The shards of the window that `place` lies in and of those after it, `count` windows in all."""
+        found = []
+        for _ in range(count):
+            epoch, inside = divmod(place, self.length)
+            shards, _, window_ends = self._epoch(epoch)
+            number = int(np.searchsorted(window_ends, inside, side="right"))
+            found.append([int(s) for s in shards[number * self.window : (number + 1) * self.window]])
+            place = epoch * self.length + int(window_ends[number])
+        return found
+
+
+def places_of(draw: int, rows: range, batch: int) -> Integers:
+    """The places of `rows` of global batch `draw`; batches run across the end of an epoch, so that nothing is dropped."""
+    return np.arange(draw * batch + rows.start, draw * batch + rows.stop, dtype=np.uint64)
+
+
+def uniform(places: Integers, seed: int, purpose: str) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each place: of the same place always the same, whoever asks."""
+    bits = _mix(_mix(places + np.uint64(derive(seed, purpose))) + np.uint64(derive(seed, purpose, 1)))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def samples(draw: int, rows: range, *, batch: int, length: int, seed: int, purpose: str = "order") -> Integers:
-    """The sample numbers that stand at `rows` of global batch `draw`.
-
-    Batches run across the end of an epoch, so that nothing is dropped and nothing is repeated within one.
-    """
-    places = np.arange(draw * batch + rows.start, draw * batch + rows.stop, dtype=np.uint64)
-    epochs, inside = np.divmod(places, np.uint64(length))
-    items = np.empty_like(inside)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        items[here] = _epoch(length, seed, purpose, int(epoch))(inside[here])
-    return items
+    """The sample numbers that stand at `rows` of global batch `draw` in the full order."""
+    return Full(length, seed, purpose)(places_of(draw, rows, batch))

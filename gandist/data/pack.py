@@ -1,275 +1,189 @@
-"""Pack: images as users have them to plain WebDataset shards with their indexes; the same input gives the same bytes."""
+"""Pack: a source to plain WebDataset shards with their indexes; the same input gives the same bytes.
+
+Each shard is a function of the source, the options and its number alone. So any number of processes or machines may write
+them in any order, the same one twice does no harm, and a packing that was killed goes on with the shards it lacks.
+"""
 
 from __future__ import annotations
 
 import fcntl
-import gzip
-import hashlib
 import io
-import math
+import json
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import webdataset
 from PIL import Image
+from pydantic import ValidationError
 
-from gandist.data.dataset import NAME, Dataset, Indexer, Shard
-from gandist.data.decode import ENCODED, LABEL_SUFFIX, MAX_PIXELS, channels_of, check_encoded, open_encoded, to_array
-from gandist.recipe import InputError, suggestion
+from gandist.data.contents import Contents, examine, finish
+from gandist.data.dataset import NAME, Dataset, Names, write_atomically
+from gandist.data.decode import (
+    ENCODED,
+    MAX_PIXELS,
+    ROLES,
+    channels_of,
+    check_encoded,
+    image_shape,
+    mask_classes,
+    open_encoded,
+    to_array,
+)
+from gandist.data.index import index_path
+from gandist.data.order import Permutation
+from gandist.data.sources import Item, Source, Split
+from gandist.data.sources.open import open_source
+from gandist.data.storage import Store, is_remote
+from gandist.recipe import Failure, InputError
 
 LOCK = ".lock"
-EMBEDDED = {"fashion-mnist": Path(__file__).parent / "embedded" / "fashion-mnist"}
-GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+PLAN = ".pack.json"  # what is being packed here, so that two packings do not mix
+SCRATCH = ".spool"
 SHARD_SAMPLES = 4096
-BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
-_UNREAD = ("tif", "tiff", "gif", "heic", "heif", "avif", "jp2", "jxl", "ppm", "pgm", "tga", "psd", "svg")
-_KNOWN = "IDX files (plain or .gz), NPZ files, and folders of images, whose subfolders become classes"
-
-Item = tuple[str, str, bytes, int | None]  # path in the source, suffix of the image, its bytes, class number
+MAX_SHARD_SAMPLES = 100_000
+FITS = ("crop", "shorter", "stretch")
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Split:
-    """One split of a source: how many images, how to read them in order, and what tells the source from another."""
+class Options:
+    """How a source is packed: every field decides the bytes of the shards.
 
-    samples: int
-    read: Callable[[], Iterator[Item]]
-    digest: str
+    `size` with `fit`: `crop` cuts out the central square and makes it size × size, `shorter` makes the shorter side `size`
+    long, `stretch` makes size × size of the whole. `shuffle` is the seed of the order, None for the source's own. `splits` are
+    fractions by name. `bad` says what becomes of damaged files: `refuse` or `skip`.
+    """
+
+    size: int | None = None
+    fit: str = "crop"
+    shard_samples: int = SHARD_SAMPLES
+    shuffle: int | None = 0
+    splits: tuple[tuple[str, float], ...] = ()
+    ignore: int | None = 255
+    names: Names = ()
+    bad: str = "refuse"
+
+    def check(self) -> None:
+        """Raises InputError for what cannot be."""
+        if self.size is not None and not 1 <= self.size * self.size <= MAX_PIXELS:
+            raise InputError(f"--size {self.size}: must be from 1 to {int(MAX_PIXELS**0.5)} pixels")
+        if self.fit not in FITS:
+            raise InputError(f"--fit {self.fit}: must be one of {', '.join(FITS)}")
+        if self.fit != "crop" and self.size is None:
+            raise InputError(f"--fit {self.fit}: has no effect without --size")
+        if not 1 <= self.shard_samples <= MAX_SHARD_SAMPLES:
+            raise InputError(f"--shard-samples {self.shard_samples}: must be from 1 to {MAX_SHARD_SAMPLES:,}")
+        if self.bad not in ("refuse", "skip"):
+            raise InputError(f"--bad {self.bad}: must be refuse or skip")
+        fractions = [fraction for _, fraction in self.splits]
+        if self.splits and (min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6):
+            raise InputError(
+                f"--split: the fractions {', '.join(map(str, fractions))} must be positive and add up to 1"
+            )
+        for name, _ in self.splits:
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):
+                raise InputError(f"--split {name}: a split's name is small letters, digits and '_'")
+        if len({name for name, _ in self.splits}) < len(self.splits):
+            raise InputError("--split: a name stands twice")
 
 
 @dataclass(frozen=True)
-class Images:
-    """A source that has been understood: its splits by name, as counts and readers, and what it is called."""
+class Job:
+    """One shard to write: which items of which split of the source."""
 
-    record: dict[str, str | int | None]
-    splits: dict[str, Split]
-    names: tuple[str, ...] = ()
+    split: str
+    number: int
+    source: Split
+    items: npt.NDArray[np.int64]
+
+    @property
+    def name(self) -> str:
+        """The shard's file name."""
+        return f"{self.split}-{self.number:06d}.tar"
 
 
-def _npy(pixels: npt.NDArray[np.uint8]) -> bytes:
+@dataclass(frozen=True)
+class Packing:
+    """A source, how to pack it, and where to."""
+
+    source: str
+    out: Path
+    options: Options = Options()
+    allow_pipe: bool = False
+
+    @property
+    def _scratch(self) -> Path:
+        return self.out / SCRATCH
+
+    def open(self) -> Source:
+        """Understands the source; raises InputError."""
+        return open_source(self.source, scratch=self._scratch, allow_pipe=self.allow_pipe)
+
+    def record(self, found: Source) -> dict[str, str | int | None]:
+        """What `dataset.json` says of the packing; equal records mean equal shards."""
+        digests = {f"digest of {name}": split.digest for name, split in found.splits.items()}
+        options = {key: value for key, value in asdict(self.options).items() if key not in ("splits", "names")}
+        shares = ", ".join(f"{name}={share:g}" for name, share in self.options.splits) or None
+        return {**found.record, **digests, **options, "splits": shares, "names": ", ".join(self.options.names) or None}
+
+    def jobs(self, found: Source) -> list[Job]:
+        """Every shard of the packing."""
+        return [
+            Job(name, number, split, items[first : first + self.options.shard_samples])
+            for name, split, items in _divide(found, self.options)
+            for number, first in enumerate(range(0, len(items), self.options.shard_samples))
+        ]
+
+
+def _divide(found: Source, options: Options) -> Iterator[tuple[str, Split, npt.NDArray[np.int64]]]:
+    """The splits with the items of each, in the order in which they are written."""
+    if options.splits and set(found.splits) != {"train"}:
+        raise InputError(f"--split: the source is divided already, into {', '.join(found.splits)}; leave --split out")
+    for name, split in found.splits.items():
+        places = np.arange(split.samples, dtype=np.uint64)
+        shuffled = Permutation(split.samples, options.shuffle or 0, "pack", 0)(places).astype(np.int64)
+        if not options.splits:
+            yield name, split, shuffled if options.shuffle is not None else places.astype(np.int64)
+            continue
+        ends = np.round(np.cumsum([fraction for _, fraction in options.splits]) * split.samples).astype(int)
+        for (part, _), items in zip(options.splits, np.split(shuffled, ends[:-1]), strict=True):
+            if not len(items):
+                raise InputError(f"--split {part}: none of the {split.samples} samples would be in it")
+            yield part, split, items if options.shuffle is not None else np.sort(items)
+
+
+def npy_bytes(values: npt.NDArray[np.generic]) -> bytes:
+    """A .npy file, version 1.0."""
     stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(stream, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
     return stream.getvalue()
 
 
-def _array_items(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer] | None) -> Split:
-    digest = hashlib.blake2b(str(images.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(images).data)
-    digest.update(b"" if labels is None else labels.astype("<i8").data)
-
-    def read() -> Iterator[Item]:
-        for number, pixels in enumerate(images):
-            yield "", "npy", _npy(pixels), None if labels is None else int(labels[number])
-
-    return Split(len(images), read, digest.hexdigest())
-
-
-def _check_arrays(where: str, images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic] | None) -> None:
-    if images.dtype != np.uint8:
-        raise InputError(f"{where}: images are {images.dtype}; uint8 in 0 … 255 is needed")
-    if images.ndim not in (3, 4) or 0 in images.shape:
-        raise InputError(f"{where}: images have shape {images.shape}; (N, H, W) or (N, H, W, C) is needed")
-    if images.ndim == 4 and images.shape[3] > 16:
-        raise InputError(f"{where}: images have shape {images.shape}: the last axis must be the channels, (N, H, W, C)")
-    if labels is not None:
-        if labels.shape != images.shape[:1]:
-            raise InputError(
-                f"{where}: {labels.shape} labels for {len(images)} images; one whole number each is needed"
-            )
-        if not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0:
-            raise InputError(
-                f"{where}: labels are {labels.dtype}, or some are negative; whole numbers from 0 are needed"
-            )
+def _fitted(image: Image.Image, size: int, fit: str, how: Image.Resampling) -> Image.Image:
+    width, height = image.size
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if fit == "shorter":
+        scale = size / min(width, height)
+        return image.resize((max(size, round(width * scale)), max(size, round(height * scale))), how)
+    return image.resize((size, size), how)
 
 
-# ---- IDX, the format of MNIST: big-endian magic (0, 0, type, axes), u32 per axis, then the values
-
-_IDX_IMAGES = re.compile(r"(?P<prefix>.*?)-?images[-.]idx3-ubyte(?P<gz>\.gz)?")
-
-
-def _refuse_bomb(where: object, size: int, packed: int | None) -> None:
-    """Refuses what would unfold to more than a GiB and 200 times its own size; images do not compress like that."""
-    if packed is not None and size > BOMB_BYTES and size > BOMB_RATIO * packed:
-        raise InputError(f"{where}: {packed} bytes would unfold to {size}; no images compress like that")
-
-
-def _read_idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
-    def read(stream: BinaryIO) -> npt.NDArray[np.uint8]:
-        head = stream.read(4 + 4 * axes)
-        if head[:4] != bytes([0, 0, 8, axes]) or len(head) != 4 + 4 * axes:
-            raise InputError(
-                f"{path}: not an IDX file of unsigned bytes with {axes} axes: it begins with {head[:4].hex()}"
-            )
-        shape = tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
-        size = math.prod(shape)
-        _refuse_bomb(path, size, path.stat().st_size if path.suffix == ".gz" else None)
-        if path.suffix != ".gz" and size > path.stat().st_size:
-            raise InputError(f"{path}: its head promises {shape}, and the file has {path.stat().st_size} bytes")
-        data = stream.read(size + 1)  # never more than the head promises, whatever a gzip file would unfold to
-        if len(data) != size:
-            raise InputError(
-                f"{path}: its head promises {shape}, and {'more' if len(data) > size else len(data)} bytes follow"
-            )
-        return np.frombuffer(data, np.uint8).reshape(shape)
-
-    try:
-        with path.open("rb") as file:
-            if path.suffix == ".gz":
-                with gzip.open(file) as unzipped:
-                    return read(unzipped)  # type: ignore[arg-type]
-            return read(file)
-    except (OSError, EOFError, zlib.error, MemoryError) as error:
-        raise InputError(f"{path}: cannot be read: {error or 'it asks for too much memory'}") from None
-
-
-def _idx_split(path: Path) -> Split:
-    labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    images = _read_idx(path, 3)
-    labels = _read_idx(labels_path, 1) if labels_path.exists() else None
-    _check_arrays(str(path), images, labels)
-    return _array_items(images, labels)
-
-
-def _idx_images(paths: list[Path]) -> Images:
-    splits: dict[str, Split] = {}
-    for path in paths:
-        match = _IDX_IMAGES.fullmatch(path.name)
-        assert match is not None
-        name = {"t10k": "test", "": "train"}.get(match["prefix"], match["prefix"]) if len(paths) > 1 else "train"
-        if name in splits:
-            raise InputError(f"{path}: a second file of the split `{name}`; a folder holds one of each")
-        splits[name] = _idx_split(path)
-    return Images({"kind": "idx"}, splits)
-
-
-# ---- NPZ
-
-_NPZ_IMAGES, _NPZ_LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets", "arr_1")
-
-
-def _npz_images(path: Path) -> Images:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _refuse_bomb(path, sum(entry.file_size for entry in archive.infolist()), path.stat().st_size)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-        if strange:
-            raise ValueError(f"{strange[0]!r} is no array")
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - zipfile, zlib and numpy raise whatever a damaged file leads them to
-        raise InputError(f"{path}: not an NPZ file of plain arrays: {type(error).__name__}: {error}") from None
-    splits: dict[str, Split] = {}
-    for split in ("train", "test", "validation", ""):
-        images = next((arrays[n] for name in _NPZ_IMAGES for n in _spelled(name, split) if n in arrays), None)
-        labels = next((arrays[n] for name in _NPZ_LABELS for n in _spelled(name, split) if n in arrays), None)
-        if images is not None and (split or not splits):
-            labels = labels.reshape(-1) if labels is not None else None
-            _check_arrays(f"{path} ({split or 'all'})", images, labels)
-            splits[split or "train"] = _array_items(images, labels)
-    if not splits:
-        raise InputError(
-            f"{path}: no images among its arrays {', '.join(arrays) or '(none)'}; name them `images` and `labels`, "
-            "or `x_train`, `y_train`, `x_test`, `y_test`"
-        )
-    return Images({"kind": "npz"}, splits)
-
-
-def _spelled(name: str, split: str) -> tuple[str, ...]:
-    return (f"{name}_{split}", f"{split}_{name}") if split else (name,)
-
-
-# ---- folders
-
-_SPLITS = {"train": "train", "training": "train", "test": "test", "val": "validation", "validation": "validation"}
-
-
-def _folder_split(folder: Path, files: list[Path], classes: tuple[str, ...]) -> Split:
-    def read() -> Iterator[Item]:
-        for file in files:
-            parts = file.relative_to(folder).parts
-            label = classes.index(parts[0]) if classes else None
-            yield "/".join(parts), file.suffix[1:].lower(), file.read_bytes(), label
-
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(os.fsencode(file.relative_to(folder).as_posix()) + f"\0{file.stat().st_size}\0".encode())
-    return Split(len(files), read, digest.hexdigest())
-
-
-def _folder_images(folder: Path) -> Images:
-    files = sorted(
-        (file for file in folder.rglob("*") if file.suffix[1:].lower() in ENCODED and file.is_file()),
-        key=lambda file: file.relative_to(folder).as_posix(),
-    )
-    unread = [file for file in sorted(folder.rglob("*")) if file.suffix[1:].lower() in _UNREAD]
-    if unread:
-        raise InputError(
-            f"{folder}: {len(unread)} images, such as {unread[0].relative_to(folder)}, are in a format that is not read; "
-            f"convert them to one of {', '.join(ENCODED)}, or take them out"
-        )
-    if not files:
-        raise InputError(f"{folder}: no images in it; known: {_KNOWN}, with the suffixes {', '.join(ENCODED)}")
-    tops = {file.relative_to(folder).parts[0] for file in files if len(file.relative_to(folder).parts) > 1}
-    if len(tops) > len({_SPLITS.get(top, top) for top in tops}):
-        raise InputError(f"{folder}: {', '.join(sorted(tops))}: two of these are one split; merge them or rename one")
-    roots = {_SPLITS[top]: folder / top for top in sorted(tops) if top in _SPLITS} if tops <= _SPLITS.keys() else {}
-    roots = roots or {"train": folder}
-    members = {name: [file for file in files if root in file.parents] for name, root in roots.items()}
-    found: set[str] = set()
-    loose: list[Path] = []
-    for name, root in roots.items():
-        for file in members[name]:
-            parts = file.relative_to(root).parts
-            found.add(parts[0]) if len(parts) > 1 else loose.append(file)
-    if found and loose:
-        raise InputError(
-            f"{folder}: {len(loose)} images (such as {loose[0].name}) lie beside the class folders "
-            f"{', '.join(sorted(found)[:5])}; put every image into a class folder, or all into one folder"
-        )
-    classes = tuple(sorted(found))
-    for name in classes:
-        if not name.isprintable():  # a name in another encoding comes as lone surrogates
-            raise InputError(f"{folder}: the class folder {name!r} has no name in UTF-8; rename it")
-    splits = {name: _folder_split(root, members[name], classes) for name, root in roots.items()}
-    return Images({"kind": "folder"}, splits, classes)
-
-
-def open_source(source: str) -> Images:
-    """Understands `source`; raises InputError that says what is known."""
-    if source.startswith("embedded:"):
-        name = source.removeprefix("embedded:")
-        if name not in EMBEDDED:
-            raise InputError(f"{source}: no such embedded dataset{suggestion(name, list(EMBEDDED))}")
-        found = _idx_images(sorted(EMBEDDED[name].glob("*images*")))
-        return Images({"kind": "idx", "name": name, "licence": "MIT"}, found.splits, GARMENTS)
-    path = Path(source)
-    if not path.exists():
-        raise InputError(
-            f"{source}: does not exist; known: {_KNOWN}, and {', '.join('embedded:' + n for n in EMBEDDED)}"
-        )
-    if path.is_dir():
-        idx = sorted(file for file in path.iterdir() if _IDX_IMAGES.fullmatch(file.name))
-        return _idx_images(idx) if idx else _folder_images(path)
-    if _IDX_IMAGES.fullmatch(path.name):
-        return _idx_images([path])
-    if path.suffix == ".npz":
-        return _npz_images(path)
-    raise InputError(f"{source}: not a source that is known; known: {_KNOWN} (name the folder, not one image)")
-
-
-def _resized(data: bytes, suffix: str, size: int) -> bytes:
-    """The image's central square, at size × size pixels, as .npy."""
+def _resized(data: bytes, suffix: str, options: Options) -> bytes:
+    """The image at another size, as .npy."""
+    assert options.size is not None
     if suffix == "npy":
         pixels = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
@@ -279,109 +193,332 @@ def _resized(data: bytes, suffix: str, size: int) -> bytes:
         image = open_encoded(data, suffix)
     pixels = to_array(image, channels_of(image))
     upright = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-    side = min(upright.size)
-    left, top = (upright.width - side) // 2, (upright.height - side) // 2
-    square = upright.crop((left, top, left + side, top + side))
-    return _npy(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)))
+    return npy_bytes(np.asarray(_fitted(upright, options.size, options.fit, Image.Resampling.LANCZOS)))
 
 
-def _key(number: int, name: str) -> str:
-    """Unique by its number, readable by its name; safe in any tar and with webdataset's rule of the first dot."""
+def _members(item: Item, options: Options) -> dict[str, bytes]:
+    """The members to write: untouched, unless another size was asked for; raises ValueError where one is damaged."""
+    members = {}
+    for suffix, data in item.members.items():
+        role = ROLES[suffix]
+        if role == "image":
+            if suffix in ENCODED:
+                check_encoded(data, suffix)
+            size = image_shape(data, suffix)[:2]
+            if options.size is not None:
+                suffix, data = "npy", _resized(data, suffix, options)
+        elif role == "mask":
+            classes = mask_classes(data, suffix)
+            if "image" in {ROLES[other] for other in item.members} and classes.shape != size:
+                raise ValueError(
+                    f"is {size[1]}×{size[0]}, and its mask {classes.shape[1]}×{classes.shape[0]}; they must agree"
+                )
+            if options.size is not None:
+                mask = _fitted(Image.fromarray(classes), options.size, options.fit, Image.Resampling.NEAREST)
+                suffix, data = "mask.npy", npy_bytes(np.asarray(mask))
+        members[suffix] = data
+    return members
+
+
+def key(number: int, name: str) -> str:
+    """Unique by its number in the source, readable by its name; safe in any tar and with webdataset's first dot."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name.rpartition(".")[0])[-60:].strip("_-")
     return f"{number:08d}-{stem}" if stem else f"{number:08d}"
 
 
-def _write_shard(path: Path, items: list[Item], first: int, size: int | None) -> None:
-    aside = path.with_suffix(".tar.tmp")
-    with aside.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-        for number, (name, suffix, data, label) in enumerate(items, first):
-            try:
-                if size is not None:
-                    suffix, data = "npy", _resized(data, suffix, size)
-                elif suffix in ENCODED:
-                    check_encoded(data, suffix)
-            except (ValueError, OSError, SyntaxError) as error:
-                aside.unlink()
+def _write_shard(packing: Packing, job: Job) -> Contents:
+    """Writes one shard, its index, and last the note of what it holds."""
+    path = packing.out / job.name
+    skipped: list[str] = []
+    handle, name = tempfile.mkstemp(suffix=".tmp", prefix=job.name, dir=packing.out)
+    aside = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+                for number in job.items.tolist():
+                    item = Item("", {})
+                    try:
+                        item = job.source.read(number)
+                        members = _members(item, packing.options)
+                    except (ValueError, OSError, SyntaxError) as error:
+                        what = f"{item.name or f'item {number}'} {error}"
+                        if packing.options.bad == "refuse":
+                            raise InputError(
+                                f"{packing.source}: {what}; mend it, take it out of the source, or pass over "
+                                "all such files with --bad skip"
+                            ) from None
+                        skipped.append(what)
+                        continue
+                    tar.write({"__key__": key(number, item.name), **members})
+            if len(skipped) == len(job.items):
                 raise InputError(
-                    f"{name or f'image {number}'} {error}; mend it, or take it out of the source"
-                ) from None
-            sample: dict[str, str | bytes] = {"__key__": _key(number, name), suffix: data}
-            if label is not None:
-                sample[LABEL_SUFFIX] = str(label).encode()
-            tar.write(sample)
-    aside.replace(path)
+                    f"{packing.source}: all {len(skipped)} items of {job.name} are bad, such as: {skipped[0]}"
+                )
+            os.fchmod(file.fileno(), 0o644)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    contents = examine(path).model_copy(update={"skipped": tuple(skipped)})
+    write_atomically(_note(path), contents.model_dump_json().encode())
+    return contents
 
 
-def pack(
-    source: str,
-    out: Path,
-    *,
-    size: int | None = None,
-    shard_samples: int = SHARD_SAMPLES,
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[Dataset, bool]:
-    """Writes `source` as a dataset into the folder `out`; returns it, and False where it was there already.
+def _note(shard: Path) -> Path:
+    return shard.with_name(f".{shard.stem}.json")
 
-    Images are stored as they are: encoded files untouched, arrays and resized images as .npy. Raises InputError.
-    """
-    if size is not None and not 1 <= size * size <= MAX_PIXELS:
-        raise InputError(f"--size {size}: must be from 1 to {int(MAX_PIXELS**0.5)} pixels")
-    if not 1 <= shard_samples <= 1_000_000:
-        raise InputError(f"--shard-samples {shard_samples}: must be from 1 to 1,000,000")
-    images = open_source(source)
-    digests = {f"digest of {name}": split.digest for name, split in images.splits.items()}
-    record = {**images.record, **digests, "size": size, "shard_samples": shard_samples}
-    if (out / NAME).exists():
-        dataset = Dataset(out)
-        if dataset.manifest.source == record:
-            for name in dataset.manifest.splits:
-                dataset.check_sizes(name)
-            return dataset, False
-        raise InputError(f"{out}: holds another dataset ({NAME} tells which); choose another folder or delete that one")
-    if out.exists() and (
-        strange := [p.name for p in out.iterdir() if p.suffix not in (".tar", ".idx", ".tmp") and p.name != LOCK]
-    ):
-        raise InputError(f"{out}: is not empty: it holds {sorted(strange)[0]!r}; choose an empty folder")
+
+def _written(packing: Packing, job: Job) -> Contents | None:
+    """What a shard holds that was written before, or None."""
+    path = packing.out / job.name
+    try:
+        contents = Contents.model_validate_json(_note(path).read_bytes())
+        sizes_fit = path.stat().st_size == contents.shard.bytes and index_path(path).exists()
+    except (OSError, ValidationError):
+        return None
+    return contents if sizes_fit else None
+
+
+def _begin(packing: Packing, record: dict[str, str | int | None]) -> None:
+    """Makes the folder and notes what is packed into it; raises InputError where something else is."""
+    out = packing.out
+    ours = (".tar", ".idx", ".tmp", ".json")
+    if out.exists():
+        if not out.is_dir():
+            raise InputError(f"{out}: is a file; choose an empty folder")
+        strange = [p.name for p in out.iterdir() if p.suffix not in ours and p.name not in (LOCK, SCRATCH)]
+        if strange or not ((out / PLAN).exists() or not any(p.suffix in ours for p in out.iterdir())):
+            name = sorted(strange or (p.name for p in out.iterdir()))[0]
+            raise InputError(f"{out}: is not empty: it holds {name!r}; choose an empty folder")
+    plan = json.dumps(record, indent=1).encode()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if (out / PLAN).exists() and (out / PLAN).read_bytes() != plan:
+            raise InputError(
+                f"{out}: another packing has begun there ({PLAN} tells which); choose another folder or delete that one"
+            )
+        write_atomically(out / PLAN, plan)
     except OSError as error:
         raise InputError(f"{out}: cannot be made: {error.strerror}; choose a folder that you may write to") from None
 
-    lock = (out / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out}: another process is packing into it; wait for it, or choose another folder") from None
-    indexer = Indexer(out)
-    total = sum(split.samples for split in images.splits.values())
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """The only packing of this folder by one command; parts need no lock, since they write the same bytes."""
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{out}: another process is packing into it; wait for it, or choose another folder"
+            ) from None
+        yield
+        (out / LOCK).unlink()
+
+
+def _done_before(packing: Packing, record: dict[str, str | int | None]) -> Dataset | None:
+    """The dataset in the folder where it is this one; raises InputError where it is another."""
+    if not (packing.out / NAME).exists():
+        return None
+    dataset = Dataset(packing.out)
+    if dataset.manifest.source != record:
+        raise InputError(
+            f"{packing.out}: holds another dataset ({NAME} tells which); choose another folder or delete that one"
+        )
+    for name in dataset.manifest.splits:
+        dataset.check_sizes(name)
+    return dataset
+
+
+def pack_part(packing: Packing, part: int, parts: int, progress: Progress = lambda *_: None) -> int:
+    """Writes every `parts`-th shard from number `part` on that is not there yet; returns how many that are."""
+    packing.options.check()
+    if not 0 <= part < parts:
+        raise InputError(f"--part {part + 1}/{parts}: must be from 1/{parts} to {parts}/{parts}")
+    found = packing.open()
+    record = packing.record(found)
+    if _done_before(packing, record) is not None:
+        return 0
+    _begin(packing, record)
+    jobs = packing.jobs(found)[part::parts]
+    done, total = 0, sum(len(job.items) for job in jobs)
+    for job in jobs:
+        if _written(packing, job) is None:
+            _write_shard(packing, job)
+        done += len(job.items)
+        progress(done, total)
+    return len(jobs)
+
+
+def merge(packing: Packing) -> tuple[Dataset, bool]:
+    """Writes `dataset.json` when all parts are done; raises InputError naming what is missing."""
+    packing.options.check()
+    found = packing.open()
+    record = packing.record(found)
+    done = _done_before(packing, record)
+    if done is not None:
+        return done, False
+    if not (packing.out / PLAN).exists():
+        raise InputError(f"{packing.out}: nothing has been packed there; run the parts first, with --part")
+    _begin(packing, record)
+    return _merge(packing, found, record), True
+
+
+def _merge(packing: Packing, found: Source, record: dict[str, str | int | None]) -> Dataset:
+    jobs = packing.jobs(found)
+    splits: dict[str, list[Contents]] = {}
+    missing = []
+    for job in jobs:
+        contents = _written(packing, job)
+        if contents is None:
+            missing.append(job.name)
+        else:
+            splits.setdefault(job.split, []).append(contents)
+    if missing:
+        raise InputError(
+            f"{packing.out}: {len(missing)} of {len(jobs)} shards are not there, such as {missing[0]}; run the parts that make them"
+        )
+    names = packing.options.names or found.names
+    dataset = finish(packing.out, splits, record, names=names, ignore=packing.options.ignore)
+    for job in jobs:
+        _note(packing.out / job.name).unlink()
+    for file in [*packing.out.glob("*.tmp"), *(packing.out / SCRATCH).glob("*")]:
+        file.unlink(missing_ok=True)
+    if (packing.out / SCRATCH).exists():
+        (packing.out / SCRATCH).rmdir()
+    (packing.out / PLAN).unlink()
+    return dataset
+
+
+def pack(packing: Packing, workers: int = 1, progress: Progress = lambda *_: None) -> tuple[Dataset, bool]:
+    """Writes `source` as a dataset into the folder `out`; returns it, and False where it was there already.
+
+    Goes on where an earlier call was stopped. Images are stored as they are: encoded files untouched, arrays and resized
+    images as .npy. With several `workers` the shards are divided over as many processes. Raises InputError.
+    """
+    packing.options.check()
+    found = packing.open()
+    record = packing.record(found)
+    done = _done_before(packing, record)
+    if done is not None:
+        return done, False
+    _begin(packing, record)
+    with _locked(packing.out):
+        jobs = packing.jobs(found)
+        workers = min(workers, len(jobs))
+        if workers <= 1:
+            pack_part(packing, 0, 1, progress)
+        else:
+            _run_parts(packing, jobs, workers, progress)
+        return _merge(packing, found, record), True
+
+
+def _run_parts(packing: Packing, jobs: list[Job], workers: int, progress: Progress) -> None:
+    """Each part in a process of its own, by the same command that packs a part on another machine: nothing is pickled."""
+    processes = [
+        subprocess.Popen(
+            [*_command(packing), "--part", f"{part + 1}/{workers}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in range(workers)
+    ]
+    total = sum(len(job.items) for job in jobs)
+    waiting = {job.name: job for job in jobs}
     done = 0
-    splits: dict[str, tuple[Shard, ...]] = {}
-    for name, split in images.splits.items():
-        shards: list[Shard] = []
-        first, items = 0, split.read()
-        while chunk := list(islice(items, shard_samples)):
-            path = out / f"{name}-{len(shards):06d}.tar"
-            _write_shard(path, chunk, first, size)
-            shards.append(indexer.add(path))
-            first, done = first + len(chunk), done + len(chunk)
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+            for name in [name for name in waiting if _note(packing.out / name).exists()]:
+                done += len(waiting.pop(name).items)
             progress(done, total)
-        splits[name] = tuple(shards)
-    dataset = indexer.finish(splits, record, images.names)
-    (out / LOCK).unlink()
-    return dataset, True
+            if any(process.poll() for process in processes):
+                break
+    finally:
+        for process in processes:
+            process.terminate()
+    for process in processes:
+        _, words = process.communicate()
+        if process.returncode > 0:
+            message = words.strip().removeprefix("gandist: ")
+            raise (InputError if process.returncode == 2 else Failure)(message)
+    progress(total, total)
 
 
-def index(paths: list[Path], *, split: str = "train", progress: Callable[[int], None] = lambda _: None) -> Dataset:
-    """Indexes shards that somebody else wrote, all in one folder, and writes its `dataset.json`; raises InputError."""
-    doubled = sorted({path.name for path in paths if [p.resolve() for p in paths].count(path.resolve()) > 1})
+def _command(packing: Packing) -> list[str]:
+    options = packing.options
+    words = [sys.executable, "-m", "gandist", "pack", packing.source, str(packing.out)]
+    words += ["--size", str(options.size), "--fit", options.fit] if options.size is not None else []
+    words += ["--shard-samples", str(options.shard_samples), "--bad", options.bad]
+    words += ["--no-shuffle"] if options.shuffle is None else ["--shuffle", str(options.shuffle)]
+    words += ["--split", ",".join(f"{name}={share!r}" for name, share in options.splits)] if options.splits else []
+    words += ["--ignore", str(-1 if options.ignore is None else options.ignore)]
+    words += ["--names", ",".join(options.names)] if options.names else []
+    return [*words, *(["--allow-pipe"] if packing.allow_pipe else [])]
+
+
+def index(
+    shards: list[str],
+    *,
+    split: str = "train",
+    out: Path | None = None,
+    decode: bool = False,
+    names: Names = (),
+    ignore: int | None = 255,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Dataset:
+    """Indexes shards that somebody else wrote, all in one folder or behind one URL, and writes `dataset.json`; raises InputError.
+
+    The index of local shards lies beside them; that of remote ones, and any other, goes to the folder `out`.
+    """
+    parents = {shard.rpartition("/")[0] or "." for shard in shards}
+    files = [shard.rpartition("/")[2] for shard in shards]
+    doubled = sorted({name for name in files if files.count(name) > 1})
+    if len(parents) != 1:
+        raise InputError(f"the shards lie in {len(parents)} folders; a dataset is one folder")
     if doubled:
         raise InputError(f"{doubled[0]}: named twice; each shard counts once")
-    folders = {path.parent for path in paths}
-    if len(folders) != 1:
-        raise InputError(f"the shards lie in {len(folders)} folders; a dataset is one folder")
-    (folder,) = folders
+    (parent,) = parents
+    if is_remote(parent) and out is None:
+        raise InputError(f"{parent}: the shards are remote; name a folder for their index with --out")
+    folder = out or Path(parent)
     if (folder / NAME).exists():
         raise InputError(f"{folder / NAME}: exists; delete it to index the folder anew")
-    indexer = Indexer(folder, decode=True)
-    shards = tuple(indexer.add(path, progress) for path in sorted(paths))
-    return indexer.finish({split: shards}, {"kind": "shards"})
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store.at(parent)
+    found = []
+    for name in sorted(files):
+        found.append(_index_one(store, name, folder, decode, progress))
+    apart = None if out is None else (parent if is_remote(parent) else str(Path(parent).resolve()))
+    return finish(folder, {split: found}, {"kind": "shards"}, names=names, ignore=ignore, shards_at=apart)
+
+
+def _index_one(store: Store, name: str, folder: Path, decode: bool, progress: Callable[[int], None]) -> Contents:
+    """Examines one shard where it lies, or a copy of it that is fetched and removed again."""
+    if store.local is not None and store.local.resolve() == folder.resolve():
+        return examine(store.local / name, decode=decode, progress=progress)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        copy = Path(aside) / name
+        if store.local is not None:
+            copy.symlink_to((store.local / name).resolve())
+        else:
+            store.fetch(name, copy)
+        contents = examine(copy, decode=decode, progress=progress)
+        index_path(copy).replace(folder / index_path(copy).name)
+    return contents
+
+
+def shares(text: Iterable[str]) -> tuple[tuple[str, float], ...]:
+    """`train=0.9,test=0.1` as pairs; raises InputError."""
+    found = []
+    for word in ",".join(text).split(","):
+        name, equals, share = word.partition("=")
+        try:
+            found.append((name.strip(), float(share)))
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise InputError(f"--split {word!r}: must read NAME=FRACTION, such as train=0.9,test=0.1")
+    return tuple(found)

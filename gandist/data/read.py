@@ -5,102 +5,279 @@ from __future__ import annotations
 import os
 import tarfile
 import threading
-from collections import OrderedDict
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
-from gandist.data.dataset import Dataset
-from gandist.data.index import ABSENT, ShardIndex, digest, index_path
-from gandist.recipe import Failure
+from gandist.data.dataset import Dataset, file_digest
+from gandist.data.decode import Pixels
+from gandist.data.index import ABSENT, ShardIndex, digest, index_path, key_and_suffix
+from gandist.data.order import Integers
+from gandist.data.storage import Cache
+from gandist.data.tar import BLOCK
+from gandist.recipe import Failure, InputError
 
 OPEN_FILES = 64  # of each thread; a thread never closes a file that another one reads
+GAP = 4096  # members this near to each other are read at once: a tar puts a header between them
+TRIES, PAUSE = 4, 0.1  # for a local file that does not open or read: a network disk may come back
+
+Member = tuple[str, memoryview]  # suffix and bytes
+
+
+class BadSample(Failure):
+    """One sample is damaged; the rest of its shard may be sound."""
 
 
 class Reader:
-    """Samples of a split by number; safe to share between threads."""
+    """Samples of a split by number; safe to share between threads.
 
-    def __init__(self, dataset: Dataset, split: str) -> None:
+    Shards are local, or behind a URL: then they are read in ranges, or whole through `shards` where that cache is given.
+    `indexes` keeps the indexes of a remote dataset.
+    """
+
+    def __init__(
+        self, dataset: Dataset, split: str, *, indexes: Cache | None = None, shards: Cache | None = None
+    ) -> None:
         dataset.check_sizes(split)
-        self.shards = dataset.shards(split)
-        self.paths = [dataset.folder / shard.name for shard in self.shards]
-        self.indexes = [ShardIndex.open(index_path(path)) for path in self.paths]
-        for path, shard, index in zip(self.paths, self.shards, self.indexes, strict=True):
-            if (len(index), index.shard_bytes) != (shard.samples, shard.bytes):
-                raise Failure(f"{index_path(path)}: describes another shard; make it anew with `gandist index`")
-        self._ends = np.cumsum([len(index) for index in self.indexes])
+        self.dataset, self.shards = dataset, dataset.shards(split)
+        self.store = dataset.shard_store
+        self._index_cache, self.cache = indexes, shards
+        self.ends = np.cumsum([shard.samples for shard in self.shards]).astype(np.uint64)
+        self.starts = self.ends - np.array([shard.samples for shard in self.shards], np.uint64)
+        self._indexes: list[ShardIndex | None] = [None] * len(self.shards)
         self._local = threading.local()
+        for shard in range(len(self.shards)):
+            if self._may_be_stale(shard):
+                self._probe(shard)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.ends[-1])
 
-    def _file(self, shard: int) -> BinaryIO:
-        files: OrderedDict[int, BinaryIO] = self._local.__dict__.setdefault("files", OrderedDict())
-        if shard in files:
-            files.move_to_end(shard)
-        else:
-            if len(files) >= OPEN_FILES:
-                files.popitem(last=False)[1].close()
-            files[shard] = self.paths[shard].open("rb", buffering=0)
-        return files[shard]
+    def where(self, number: int) -> str:
+        """The shard that a sample lies in, as a path or URL."""
+        return self.store.name(self.shards[self._locate(number)[0]].name)
+
+    def locate(self, numbers: Integers) -> tuple[list[int], list[int]]:
+        """(shards, places in them) of samples."""
+        shards = np.searchsorted(self.ends, numbers, side="right")
+        return shards.tolist(), (numbers - self.starts[shards]).tolist()
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """(shard, place in it) of a sample."""
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        return shard, number - (int(self._ends[shard - 1]) if shard else 0)
+        (shard,), (place,) = self.locate(np.array([number], np.uint64))
+        return shard, place
 
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        if offset + length > self.shards[shard].bytes:  # before memory is taken for it
-            raise Failure(f"{index_path(self.paths[shard])}: damaged: it points beyond the shard; make it anew")
-        try:
-            data = os.pread(self._file(shard).fileno(), length, offset)
-        except OSError as error:
-            raise Failure(f"{self.paths[shard]}: at byte {offset}: cannot be read: {error.strerror}") from None
-        if len(data) != length:
-            raise Failure(f"{self.paths[shard]}: at byte {offset}: cut off: {len(data)} of {length} bytes")
-        return data
+    # ---- indexes
 
-    def members(self, number: int) -> dict[str, memoryview]:
-        """The members of a sample by suffix; raises Failure with shard and offset where a digest does not match."""
-        shard, place = self._locate(number)
-        index = self.indexes[shard]
-        sizes = index.size[:, place]
-        present = [column for column, size in enumerate(sizes) if size != ABSENT]
-        starts = index.start[:, place]
-        if not present:
-            raise Failure(f"{index_path(self.paths[shard])}: damaged: sample {place} has no members; make it anew")
-        first = min(int(starts[column]) for column in present)
-        last = max(int(starts[column]) + int(sizes[column]) for column in present)
-        offset = int(index.offset[place])
-        data = memoryview(self._read(shard, offset + first, last - first))
-        found = {}
-        for column in present:
-            begin = int(starts[column]) - first
-            member = data[begin : begin + int(sizes[column])]
-            if digest(member) != index.digest[column, place]:
-                raise Failure(
-                    f"{self.paths[shard]}: at byte {offset + first + begin}: the `{index.suffixes[column]}` member is damaged; "
-                    "`gandist verify` checks the whole dataset"
-                )
-            found[index.suffixes[column]] = member
+    def _index(self, shard: int) -> ShardIndex:
+        """The index of a shard, opened when it is first needed; raises Failure where it is not the shard's."""
+        found = self._indexes[shard]
+        if found is None:
+            name = index_path(Path(self.shards[shard].name)).name
+            store = self.dataset.store
+            if store.local is not None:
+                path = store.local / name
+            else:
+                assert self._index_cache is not None
+                path = self._index_cache.path(name, self.shards[shard].index_bytes)
+                if file_digest(path) != self.shards[shard].index_digest:
+                    raise Failure(f"{store.name(name)}: is not the index that `dataset.json` names; make it anew")
+            found = ShardIndex.open(path)
+            if (len(found), found.shard_bytes) != (self.shards[shard].samples, self.shards[shard].bytes):
+                raise Failure(f"{store.name(name)}: describes another shard; make it anew with `gandist index`")
+            self._indexes[shard] = found
         return found
+
+    def _may_be_stale(self, shard: int) -> bool:
+        """Whether a local shard is younger than its index. A copy may be, and so may a shard that was replaced."""
+        if self.store.local is None or self.dataset.store.local is None:
+            return False
+        path = self.store.local / self.shards[shard].name
+        index = index_path(self.dataset.store.local / self.shards[shard].name)
+        return path.stat().st_mtime_ns > index.stat().st_mtime_ns
+
+    def _probe(self, shard: int) -> None:
+        """Reads four samples; raises InputError where none is what the index says. A single one may just be damaged."""
+        first, count = int(self.starts[shard]), self.shards[shard].samples
+        places = sorted({0, count // 3, 2 * count // 3, count - 1})
+        for place in places:
+            try:
+                self.members(first + place)
+            except BadSample:
+                continue
+            return
+        raise InputError(
+            f"{self.where(first)}: is younger than its index, and none of {len(places)} samples is what the index says: "
+            "the shard was replaced; index it anew, or bring the old one back"
+        )
+
+    # ---- bytes
+
+    def _file(self, shard: int) -> int:
+        files: dict[int, int] = self._local.__dict__.setdefault("files", {})
+        file = files.get(shard)
+        if file is None:
+            if len(files) >= OPEN_FILES:
+                os.close(files.pop(next(iter(files))))
+            known = self.shards[shard]
+            if self.cache is not None:
+                path = self.cache.path(known.name, known.bytes)
+            else:
+                assert self.store.local is not None
+                path = self.store.local / known.name
+            file = files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return file
+
+    def _bytes(self, shard: int, start: int, length: int, into: Sequence[Any] = ()) -> memoryview:
+        """Bytes of a shard, or, with `into`, filled into these buffers; raises Failure where they cannot be had."""
+        name = self.store.name(self.shards[shard].name)
+        if start + length > self.shards[shard].bytes:  # before memory is taken for it
+            raise Failure(
+                f"{index_path(Path(name))}: damaged: it points beyond the shard; make it anew with `gandist index`"
+            )
+        if self.store.local is None and self.cache is None:
+            data = memoryview(self.store.range(self.shards[shard].name, start, length))
+            place = 0
+            for buffer in into:
+                view = memoryview(buffer).cast("B")
+                view[:] = data[place : place + len(view)]
+                place += len(view)
+            return data
+        for left in reversed(range(TRIES)):
+            try:
+                if into:
+                    got, data = os.preadv(self._file(shard), into, start), memoryview(b"")
+                else:
+                    data = memoryview(os.pread(self._file(shard), length, start))
+                    got = len(data)
+            except OSError as error:
+                self._local.__dict__.get("files", {}).pop(shard, None)  # a handle gone stale is opened anew
+                if left == 0:
+                    raise Failure(f"{name}: at byte {start}: cannot be read: {error.strerror}") from None
+                time.sleep(PAUSE * 2 ** (TRIES - left))
+                continue
+            if got != length:
+                raise Failure(f"{name}: at byte {start}: cut off: {got} of {length} bytes")
+            return data
+        raise AssertionError("unreachable")
+
+    def read(self, shard: int, place: int, roles: Sequence[str], row: Pixels | None = None) -> dict[str, Member | None]:
+        """Members of a sample by role; raises BadSample, naming shard and offset, where a digest does not match.
+
+        An image of as many bytes as `row` is read straight into it, and stands as None in the answer.
+        """
+        index = self._index(shard)
+        offset = index.offset[place]
+        try:
+            spans = sorted((index.start[role][place], index.size[role][place], role) for role in roles)
+        except KeyError as missing:
+            raise Failure(
+                f"{self.store.name(self.shards[shard].name)}: its samples have no {missing.args[0]}"
+            ) from None
+        if any(size == ABSENT for _, size, _ in spans):
+            raise BadSample(
+                f"{self.store.name(self.shards[shard].name)}: sample {place} lacks one of {', '.join(roles)}"
+            )
+        found: dict[str, Member | None] = {}
+        first = 0
+        while first < len(spans):
+            last = first
+            while last + 1 < len(spans) and spans[last + 1][0] <= spans[last][0] + spans[last][1] + GAP:
+                last += 1
+            self._read_run(shard, place, index, offset, spans[first : last + 1], row, found)
+            first = last + 1
+        return found
+
+    def members(self, number: int) -> dict[str, Member]:
+        """All members of a sample by role; raises BadSample where one is damaged."""
+        shard, place = self._locate(number)
+        index = self._index(shard)
+        present = [role for role in index.roles if index.size[role][place] != ABSENT]
+        if not present:
+            raise BadSample(f"{self.where(number)}: sample {place} has no members; make the index anew")
+        return {role: member for role, member in self.read(shard, place, present).items() if member is not None}
+
+    def _read_run(
+        self,
+        shard: int,
+        place: int,
+        index: ShardIndex,
+        offset: int,
+        spans: list[tuple[int, int, str]],
+        row: Pixels | None,
+        found: dict[str, Member | None],
+    ) -> None:
+        """Members that lie together, in one read."""
+        begin = spans[0][0]
+        end = max(start + size for start, size, _ in spans)
+        image = next((span for span in spans if span[2] == "image"), None)
+        if row is not None and image is not None and image[1] == len(row):
+            lead, tail = bytearray(image[0] - begin), bytearray(end - image[0] - image[1])
+            self._bytes(shard, offset + begin, end - begin, (lead, row, tail))
+            for start, size, role in spans:
+                member: memoryview | None = None
+                if role != "image":
+                    part = lead if start < image[0] else tail
+                    here = start - begin if start < image[0] else start - image[0] - image[1]
+                    member = memoryview(part)[here : here + size]
+                found[role] = None if member is None else (index.suffixes[index.suffix[role][place]], member)
+                self._compare(shard, place, index, offset + start, role, row if member is None else member)
+            return
+        data = self._bytes(shard, offset + begin, end - begin)
+        for start, size, role in spans:
+            whole = data[start - begin : start - begin + size]
+            self._compare(shard, place, index, offset + start, role, whole)
+            found[role] = (index.suffixes[index.suffix[role][place]], whole)
+
+    def _compare(self, shard: int, place: int, index: ShardIndex, at: int, role: str, member: Any) -> None:
+        if digest(member) != index.digest[role][place]:
+            raise BadSample(
+                f"{self.store.name(self.shards[shard].name)}: at byte {at}: the {role} is damaged: its digest is not the "
+                "one in the index; `gandist verify` checks the whole dataset"
+            )
 
     def key(self, number: int) -> str:
         """The WebDataset key of a sample, read from its tar header."""
         shard, place = self._locate(number)
-        index = self.indexes[shard]
-        offset = int(index.offset[place])
-        length = int(
-            min(
-                start for start, size in zip(index.start[:, place], index.size[:, place], strict=True) if size != ABSENT
-            )
-        )
-        header = self._read(shard, offset, length)
-        name = tarfile.TarInfo.frombuf(header[-512:], "utf-8", "replace").name
-        folder, slash, file = name.rpartition("/")
-        return folder + slash + file.split(".", 1)[0]
+        index = self._index(shard)
+        offset = index.offset[place]
+        starts = [index.start[r][place] for r in index.roles if index.size[r][place] != ABSENT]
+        headers = bytes(self._bytes(shard, offset, min(starts)))
+        try:
+            member = tarfile.TarInfo.frombuf(headers[:BLOCK], "utf-8", "surrogateescape")
+            if member.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+                name = _long_name(member, headers)
+            else:
+                name = member.name
+        except tarfile.HeaderError as error:
+            raise BadSample(f"{self.where(number)}: at byte {offset}: damaged header: {error}") from None
+        parsed = key_and_suffix(name)
+        return parsed[0] if parsed else name
 
-    def where(self, number: int) -> Path:
-        """The shard that a sample lies in."""
-        return self.paths[self._locate(number)[0]]
+    def read_ahead(self, shards: Sequence[int]) -> None:
+        """Tells the disk, or the cache, that these shards come next."""
+        if self.cache is not None:
+            self.cache.prefetch([(self.shards[s].name, self.shards[s].bytes) for s in shards])
+        elif self.store.local is not None and hasattr(os, "posix_fadvise"):
+            for shard in shards:
+                os.posix_fadvise(self._file(shard), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Ends what the caches do in the background."""
+        for cache in (self._index_cache, self.cache):
+            if cache is not None:
+                cache.close()
+
+
+def _long_name(first: tarfile.TarInfo, headers: bytes) -> str:
+    """The name in a GNU or PAX header before a member's own."""
+    data = headers[BLOCK : BLOCK + first.size]
+    if first.type == tarfile.GNUTYPE_LONGNAME:
+        return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    record = next((line for line in data.split(b"\n") if b" path=" in line[:30]), None)
+    if record is not None:
+        return record.partition(b"=")[2].decode("utf-8", "surrogateescape")
+    at = BLOCK + -(-first.size // BLOCK) * BLOCK
+    return tarfile.TarInfo.frombuf(headers[at : at + BLOCK], "utf-8", "surrogateescape").name

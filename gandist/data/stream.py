@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gandist.data import order
-from gandist.data.dataset import Dataset
-from gandist.data.decode import IMAGE_SUFFIXES, LABEL_SUFFIX, image_pixels, label_number
-from gandist.data.read import Reader
-from gandist.recipe import Failure
+from gandist.data.dataset import ImageSpec, Spec
+from gandist.data.decode import (
+    Pixels,
+    decoded,
+    image_pixels,
+    image_shape,
+    label_number,
+    mask_classes,
+    npy_header,
+    signal_values,
+)
+from gandist.data.order import Full, Order, Permutation, Windowed, places_of
+from gandist.data.read import BadSample, Reader
+from gandist.data.transform import Moves, moves, result, values
+from gandist.recipe import DataOptions, Failure, InputError, SubsetOptions, TransformOptions
 from gandist.seeding import derive
 
-PARTS = ("image", "label")
+MAX_SUBSTITUTES = 100  # samples tried in the place of a bad one
+
+
+class Source(NamedTuple):
+    """Where a part of a batch comes from: a view of the data, and the members that it reads."""
+
+    view: str
+    role: str
+
+
+# What a game may read. `image label mask signal` are of one sample each row, and of the subset where the recipe asks for one;
+# the others are images of the whole split, each in an order of its own.
+PARTS = {
+    "image": Source("labelled", "image"),
+    "label": Source("labelled", "label"),
+    "mask": Source("labelled", "mask"),
+    "signal": Source("labelled", "signal"),
+    "unlabelled": Source("unlabelled", "image"),
+    "unlabelled_again": Source("unlabelled_again", "image"),
+}
+_PURPOSES = {"labelled": "order", "unlabelled": "order/unlabelled", "unlabelled_again": "order/unlabelled_again"}
 
 
 @dataclass(frozen=True)
 class Batch:
     """The rows of a global batch that this process works on, on its device.
 
-    image: (B, C, H, W) float in -1 … 1, channels last in memory.  label: (B,) int64.
+    image, unlabelled: (B, C, H, W) float, channels last in memory.  label: (B,) int64.  mask: (B, H, W) int64.
+    signal: (B, C, L) float.  numbers: the sample numbers of each row by part.
     """
 
     parts: dict[str, Tensor]
@@ -35,6 +69,7 @@ class Batch:
     size: int  # of the global batch
     seed: int
     device: torch.device
+    numbers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __getitem__(self, part: str) -> Tensor:
         return self.parts[part]
@@ -46,13 +81,118 @@ class Batch:
         return noise[self.rows.start : self.rows.stop]
 
 
+class Fault(NamedTuple):
+    """What went wrong with the data: one bad sample by number, or, with the number -1, all of it."""
+
+    number: int
+    message: str
+
+
+class Batches(Protocol):
+    """What the loop needs of a stream, whichever way it reads."""
+
+    spec: Spec
+    waited: float  # seconds that training stood still for data
+
+    def ready(self, draws: Sequence[int]) -> list[Fault]:
+        """Waits for these draws and returns what is wrong with them, each fault once."""
+
+    def read(self, draw: int) -> list[Batch]:
+        """The micro-batches of a draw, on the device; asks for the following draws in the background."""
+
+    def promises(self) -> list[str]:
+        """What the reader cannot promise, in sentences for the user."""
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+
+
+def view_spec(spec: Spec, options: DataOptions) -> Spec:
+    """What a game gets of data that is stored like `spec`; raises ValueError where the transform does not fit it."""
+    image = spec.image
+    if image is None and options.transform != TransformOptions():
+        raise ValueError("`transform` has no effect on signals; leave it out")
+    if image is not None:
+        image = result(options.transform, image)
+        if options.unlabelled_transform is not None and result(options.unlabelled_transform, image) != image:
+            raise ValueError("`unlabelled_transform` gives images of another size than `transform`")
+    samples = spec.samples
+    if options.subset is not None:
+        if spec.label is None:
+            raise ValueError("`subset` chooses by class, and the dataset has no labels")
+        samples = options.subset.per_class * spec.label.classes
+    return spec.model_copy(update={"image": image, "samples": samples})
+
+
+def choose(reader: Reader, subset: SubsetOptions, classes: int) -> npt.NDArray[np.uint64]:
+    """The samples of a subset: the first of each class in an order of its own; raises InputError where a class has too few.
+
+    Few labels are read: the walk ends when every class has its number.
+    """
+    left = [subset.per_class] * classes
+    found: list[int] = []
+    length = len(reader)
+    permutation = Permutation(length, subset.seed, "subset", 0)
+    for first in range(0, length, 1024):
+        numbers = permutation(np.arange(first, min(first + 1024, length), dtype=np.uint64))
+        for number, shard, place in zip(numbers.tolist(), *reader.locate(numbers), strict=True):
+            member = reader.read(shard, place, ("label",))["label"]
+            assert member is not None
+            label = label_number(member[1])
+            if label < classes and left[label]:
+                left[label] -= 1
+                found.append(number)
+        if not any(left):
+            return np.array(found, np.uint64)
+    short = next(label for label, missing in enumerate(left) if missing)
+    raise InputError(
+        f"`data.subset`: class {short} has {subset.per_class - left[short]} samples in the split, and `per_class` asks for "
+        f"{subset.per_class}"
+    )
+
+
+@dataclass
+class View:
+    """A sequence of samples: its order, the members that are read of each, and what is done to its images."""
+
+    name: str
+    parts: dict[str, str]  # role -> part
+    order: Order
+    items: npt.NDArray[np.uint64] | None  # the samples that the order permutes, where these are not all
+    transform: TransformOptions
+    image: ImageSpec | None
+    header: bytes = b""  # of .npy images that can be read straight into a batch
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The members read of each sample."""
+        return tuple(self.parts)
+
+    def numbers(self, picks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Sample numbers of places in the order."""
+        return picks if self.items is None else self.items[picks]
+
+
+@dataclass
+class Loaded:
+    """A draw as the disk has it, and what went wrong on the way; `fatal` is in place of data."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, list[int]] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+
 class Stream:
-    """Batches by draw number. While one draw trains, the next ones are read and decoded by background threads."""
+    """Batches by draw number. While one draw trains, the next ones are read and decoded by background threads.
+
+    Threads, not processes: reading, hashing and decoding release the interpreter's lock, and a batch from another process
+    has to be copied (measured in benchmarks/data.py).
+    """
 
     def __init__(
         self,
-        dataset: Dataset,
-        split: str,
+        reader: Reader,
+        options: DataOptions,
         *,
         parts: Sequence[str],
         batch: int,
@@ -61,80 +201,314 @@ class Stream:
         rank: int = 0,
         ranks: int = 1,
         accumulate: int = 1,
-        workers: int = 2,
         recall: int = 1,
     ) -> None:
-        assert set(parts) <= set(PARTS), parts
+        assert set(parts) <= PARTS.keys(), parts
         assert batch % (ranks * accumulate) == 0, (batch, ranks, accumulate)
-        self.reader = Reader(dataset, split)
-        self.spec = dataset.spec(split)
-        self.parts, self.batch, self.seed, self.device = tuple(parts), batch, seed, device
+        self.reader, self.options = reader, options
+        self.stored = reader.dataset.spec(options.split)
+        self.spec = view_spec(self.stored, options)
+        self.batch, self.seed, self.device = batch, seed, device
         share = batch // ranks
         self.rows = range(rank * share, (rank + 1) * share)
         self.micro = share // accumulate
-        self.waited = 0.0  # seconds that training stood still for data
-        self._ahead = max(2, workers)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="stream")
-        self._pending: dict[int, Future[dict[str, Tensor]]] = {}
+        self.waited = 0.0
+        self.subset = (
+            choose(reader, options.subset, self.spec.label.classes) if options.subset and self.spec.label else None
+        )
+        self.views = self._views(parts)
+        self._ahead = max(2, options.workers)
+        self._threads = ThreadPoolExecutor(options.workers, "stream") if options.workers else None
+        self._pending: dict[int, Future[Loaded]] = {}
         self._recent: OrderedDict[int, list[Batch]] = OrderedDict()
         self._recall = recall  # draws that may be read again without a second load: those of one step
+        self._told: set[int] = set()  # draws whose faults `ready` has handed on
+        self._window: tuple[list[list[int]], threading.Lock] = [], threading.Lock()
+
+    def _views(self, parts: Sequence[str]) -> list[View]:
+        found: dict[str, View] = {}
+        for part in parts:
+            name, role = PARTS[part]
+            if name not in found:
+                items = self.subset if name == "labelled" else None
+                unlabelled = name != "labelled" and self.options.unlabelled_transform is not None
+                transform = self.options.unlabelled_transform if unlabelled else self.options.transform
+                assert transform is not None
+                found[name] = View(name, {}, self._order(_PURPOSES[name], items), items, transform, self.spec.image)
+            found[name].parts[role] = part
+        for view in found.values():
+            if "image" in view.parts and not moves(view.transform) and view.image is not None and view.image.height:
+                view.header = self._header(view)
+        return list(found.values())
+
+    def _order(self, purpose: str, items: npt.NDArray[np.uint64] | None) -> Order:
+        if items is not None:
+            return Full(len(items), self.seed, purpose)
+        if self.options.shuffle == "window":
+            sizes = [shard.samples for shard in self.reader.shards]
+            return Windowed(sizes, self.options.window_shards, self.seed, purpose)
+        return Full(len(self.reader), self.seed, purpose)
+
+    def _header(self, view: View) -> bytes:
+        """The .npy header that the images have in common, if they are stored as arrays of the batch's shape."""
+        try:
+            shard, place = self.reader.locate(np.zeros(1, np.uint64))
+            member = self.reader.read(shard[0], place[0], ("image",))["image"]
+            assert member is not None
+            assert view.image is not None
+            wanted = view.image.height, view.image.width, view.image.channels
+            if member[0] == "npy" and image_shape(member[1], "npy") == wanted:
+                return npy_header(member[1])
+        except (ValueError, BadSample):
+            pass  # the first sample is bad: it will be met, named and counted like any other
+        return b""
+
+    # ---- what is where
 
     def numbers(self, draw: int, rows: range | None = None) -> list[int]:
         """The sample numbers of a draw, of this process's rows or of any others."""
-        rows = self.rows if rows is None else rows
-        found = order.samples(draw, rows, batch=self.batch, length=len(self.reader), seed=self.seed)
-        return [int(number) for number in found]
+        view = self.views[0]
+        picks = view.order(places_of(draw, self.rows if rows is None else rows, self.batch))
+        return [int(number) for number in view.numbers(picks)]
 
-    def load(self, draw: int) -> dict[str, Tensor]:
-        """The parts of a draw as the disk has them: image (B, H, W, C) uint8, label (B,) int64; in page-locked memory for a GPU."""
-        numbers = self.numbers(draw)
-        shape = (self.spec.image.height or 0, self.spec.image.width or 0, self.spec.image.channels)
-        images = np.empty((len(numbers), *shape), np.uint8) if "image" in self.parts else None
-        labels = np.empty(len(numbers), np.int64) if "label" in self.parts else None
-        for row, number in enumerate(numbers):
-            members = self.reader.members(number)
-            try:
-                if images is not None:
-                    suffix = next(suffix for suffix in members if suffix in IMAGE_SUFFIXES)
-                    image_pixels(members[suffix], suffix, images[row])
-                if labels is not None:
-                    labels[row] = label_number(members[LABEL_SUFFIX])
-            except ValueError as error:
-                raise Failure(f"{self.reader.where(number)}: sample {self.reader.key(number)!r} {error}") from None
-        arrays = {"image": images, "label": labels}
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+    def promises(self) -> list[str]:
+        """Sentences on what this order cannot promise."""
+        if self.options.shuffle == "window" and not self.reader.dataset.manifest.shuffled:
+            return [
+                f"`data.shuffle: window` mixes {self.options.window_shards} shards at a time, and this dataset was not shuffled "
+                "when it was packed: if its shards are sorted, batches are less random than they look"
+            ]
+        return []
+
+    # ---- reading
+
+    def load(self, draw: int) -> Loaded:
+        """A draw as the disk has it: image (B, H, W, C) uint8, label (B,) int64; page-locked for a GPU. Never raises a Failure."""
+        loaded = Loaded()
+        try:
+            for view in self.views:
+                self._read_ahead(view, draw)
+                self._load_view(view, draw, loaded)
+        except (Failure, InputError, OSError) as error:
+            loaded.faults.append(Fault(-1, str(error)))
         if self.device.type == "cuda":
-            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
+            loaded.parts = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+                for name, tensor in loaded.parts.items()
+            }
+        return loaded
+
+    def _load_view(self, view: View, draw: int, loaded: Loaded) -> None:
+        places = places_of(draw, self.rows, self.batch)
+        picks = view.order(places)
+        numbers = view.numbers(picks)
+        count = len(numbers)
+        image, mask = view.image, view.image
+        arrays: dict[str, npt.NDArray[np.generic]] = {}
+        rows: npt.NDArray[np.uint8] | None = None
+        if "image" in view.parts or "mask" in view.parts:
+            if image is None or image.height is None or image.width is None:
+                raise Failure(
+                    f"{self.reader.dataset.location}: its images differ in size; set `data.transform.crop`, or pack them with --size"
+                )
+            assert mask is not None
+            rows = np.empty((count, len(view.header) + image.height * image.width * image.channels), np.uint8)
+            arrays["image"] = rows[:, len(view.header) :].reshape(count, image.height, image.width, image.channels)
+            if "mask" in view.parts:
+                arrays["mask"] = np.empty((count, image.height, image.width), np.uint8)
+        if "label" in view.parts:
+            arrays["label"] = np.empty(count, np.int64)
+        if "signal" in view.parts:
+            assert self.spec.signal is not None
+            arrays["signal"] = np.empty((count, self.spec.signal.channels, self.spec.signal.length), np.float32)
+        drawn = Moves.draw(view.transform, places, self.seed, f"transform/{view.name}")
+        for row, (number, shard, place) in enumerate(zip(numbers.tolist(), *self.reader.locate(numbers), strict=True)):
+            try:
+                self._fill(view, row, shard, place, arrays, rows, drawn)
+            except (BadSample, ValueError) as error:
+                loaded.faults.append(self._fault(number, error))
+                self._substitute(view, row, int(picks[row]), arrays, rows, drawn, loaded)
+        for role, part in view.parts.items():
+            loaded.parts[part] = torch.from_numpy(arrays[role])
+        loaded.numbers[view.name] = numbers.tolist()
+
+    def _fault(self, number: int, error: Exception) -> Fault:
+        where = self.reader.where(number)
+        return Fault(number, str(error) if where in str(error) else f"{where}: sample {self._name(number)} {error}")
+
+    def _name(self, number: int) -> str:
+        try:
+            return repr(self.reader.key(number))
+        except Failure:
+            return str(number)
+
+    def _substitute(
+        self,
+        view: View,
+        row: int,
+        pick: int,
+        arrays: dict[str, npt.NDArray[np.generic]],
+        rows: npt.NDArray[np.uint8] | None,
+        drawn: Moves,
+        loaded: Loaded,
+    ) -> None:
+        """The next sound sample in the place of a bad one: the same for whoever meets it, whenever."""
+        for step in range(1, min(MAX_SUBSTITUTES, view.order.length)):
+            number = int(view.numbers(np.array([(pick + step) % view.order.length], np.uint64))[0])
+            (shard,), (place,) = self.reader.locate(np.array([number], np.uint64))
+            try:
+                return self._fill(view, row, shard, place, arrays, rows, drawn)
+            except (BadSample, ValueError) as error:
+                loaded.faults.append(self._fault(number, error))
+        raise Failure(f"{self.reader.dataset.location}: {MAX_SUBSTITUTES} bad samples one after the other")
+
+    def _fill(
+        self,
+        view: View,
+        row: int,
+        shard: int,
+        place: int,
+        arrays: dict[str, npt.NDArray[np.generic]],
+        rows: npt.NDArray[np.uint8] | None,
+        drawn: Moves,
+    ) -> None:
+        """One sample into its row; raises BadSample or ValueError saying what is wrong with it."""
+        straight = rows[row] if rows is not None and view.header else None
+        members = self.reader.read(shard, place, view.roles, straight)
+        if "image" in members:
+            member, out = members["image"], arrays["image"][row]
+            if member is None:
+                assert straight is not None
+                if straight[: len(view.header)].tobytes() != view.header:
+                    image_pixels(memoryview(straight.copy()), "npy", out)  # another header, of the same length
+            elif moves(view.transform):
+                out[:] = drawn.apply(view.transform, row, self._decoded(member))
+            else:
+                image_pixels(member[1], member[0], out)
+        if "mask" in members and (member := members["mask"]) is not None:
+            mask = drawn.apply(view.transform, row, mask_classes(member[1], member[0]), mask=True)
+            if mask.shape != arrays["mask"].shape[1:]:
+                raise ValueError(f"has a mask of {mask.shape[1]}×{mask.shape[0]} pixels for another image")
+            arrays["mask"][row] = mask
+        if "label" in members and (member := members["label"]) is not None:
+            label = label_number(member[1])
+            if self.spec.label is not None and label >= self.spec.label.classes:
+                raise ValueError(f"has the label {label}, and there are {self.spec.label.classes} classes")
+            arrays["label"][row] = label
+        if "signal" in members and (member := members["signal"]) is not None:
+            signal = signal_values(member[1])
+            if signal.shape != arrays["signal"].shape[1:]:
+                raise ValueError(f"has shape {signal.shape}, and the dataset says {arrays['signal'].shape[1:]}")
+            arrays["signal"][row] = signal
+
+    def _decoded(self, member: tuple[str, memoryview]) -> Pixels:
+        """An image in its own size."""
+        assert self.stored.image is not None
+        height, width = image_shape(member[1], member[0])[:2]
+        wanted = self.stored.image
+        if wanted.height is not None and (height, width) != (wanted.height, wanted.width):
+            raise ValueError(f"is {width}×{height}, and the dataset says {wanted.width}×{wanted.height}")
+        pixels = decoded(member[1], member[0], wanted.channels)
+        if pixels.shape[2] != wanted.channels:
+            if pixels.shape[2] != 1:
+                raise ValueError(f"has {pixels.shape[2]} channels, and the dataset says {wanted.channels}")
+            pixels = np.broadcast_to(pixels, (height, width, wanted.channels))
+        return pixels
+
+    def _read_ahead(self, view: View, draw: int) -> None:
+        """Where shards are read in windows: asks for those of this window and of the next, and lets older ones go."""
+        if not isinstance(view.order, Windowed):
+            return
+        known, lock = self._window
+        windows = view.order.windows(draw * self.batch, 2)
+        with lock:
+            if windows == known:
+                return
+            known[:] = windows
+        wanted = [shard for window in windows for shard in window]
+        if self.reader.cache is not None:
+            self.reader.cache.keep({self.reader.shards[shard].name for shard in wanted})
+        self.reader.read_ahead(wanted)
+
+    # ---- the loop's side
+
+    def _ask(self, draw: int) -> None:
+        if draw not in self._pending:
+            if self._threads is not None:
+                self._pending[draw] = self._threads.submit(self.load, draw)
+            else:
+                self._pending[draw] = Future()
+                self._pending[draw].set_result(self.load(draw))
+
+    def _wait(self, draw: int) -> Loaded:
+        began = time.perf_counter()
+        self._ask(draw)
+        loaded = self._pending[draw].result()
+        self.waited += time.perf_counter() - began
+        return loaded
+
+    def ready(self, draws: Sequence[int]) -> list[Fault]:
+        """Waits for these draws and returns what is wrong with them, each fault once."""
+        wanted = [draw for draw in draws if draw not in self._recent]
+        for draw in wanted:
+            self._ask(draw)
+        found = [fault for draw in wanted if draw not in self._told for fault in self._wait(draw).faults]
+        self._told = set(draws)
+        return found
 
     def read(self, draw: int) -> list[Batch]:
-        """The micro-batches of a draw, on the device; asks for the following draws in the background."""
+        """The micro-batches of a draw, on the device; asks for the following draws in the background.
+
+        Raises Failure for a fault that `ready` did not hand on before.
+        """
         if draw in self._recent:
             return self._recent[draw]
-        for old in [known for known in self._pending if not draw <= known <= draw + self._ahead]:
+        last = max([draw + self._ahead, *self._told])
+        for old in [known for known in self._pending if not draw <= known <= last]:
             self._pending.pop(old).cancel()
-        for ahead in range(draw, draw + self._ahead + 1):
-            if ahead not in self._pending:
-                self._pending[ahead] = self._threads.submit(self.load, ahead)
-        began = time.perf_counter()
-        loaded = self._pending.pop(draw).result()
-        self.waited += time.perf_counter() - began
+        self._ask(draw)
+        if self._threads is not None:
+            for ahead in range(draw + 1, draw + self._ahead + 1):
+                self._ask(ahead)
+        loaded = self._wait(draw)
+        del self._pending[draw]
+        fatal = [fault for fault in loaded.faults if fault.number < 0 or draw not in self._told]
+        if fatal:
+            raise Failure(fatal[0].message)
         self._recent[draw] = self._split(draw, loaded)
         while len(self._recent) > self._recall:
             self._recent.popitem(last=False)
         return self._recent[draw]
 
-    def _split(self, draw: int, loaded: dict[str, Tensor]) -> list[Batch]:
-        parts = {name: tensor.to(self.device, non_blocking=True) for name, tensor in loaded.items()}
-        if "image" in parts:
-            parts["image"] = parts["image"].permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    def _split(self, draw: int, loaded: Loaded) -> list[Batch]:
+        parts = {name: tensor.to(self.device, non_blocking=True) for name, tensor in loaded.parts.items()}
+        numbers = {}
+        for view in self.views:
+            for role, part in view.parts.items():
+                numbers[part] = loaded.numbers[view.name]
+                if role == "image":
+                    parts[part] = values(view.transform, parts[part].permute(0, 3, 1, 2))
+                elif role == "mask":
+                    parts[part] = parts[part].long()
         batches = []
         for begin in range(0, len(self.rows), self.micro):
+            here = slice(begin, begin + self.micro)
             rows = range(self.rows.start + begin, self.rows.start + begin + self.micro)
-            here = {name: tensor[begin : begin + self.micro] for name, tensor in parts.items()}
-            batches.append(Batch(here, draw, rows, self.batch, self.seed, self.device))
+            batches.append(
+                Batch(
+                    {name: tensor[here] for name, tensor in parts.items()},
+                    draw,
+                    rows,
+                    self.batch,
+                    self.seed,
+                    self.device,
+                    {name: found[here] for name, found in numbers.items()},
+                )
+            )
         return batches
 
     def close(self) -> None:
         """Ends the background threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        self.reader.close()

@@ -48,10 +48,11 @@ class Gan(Game):
     parts: ClassVar[tuple[str, ...]] = ("image",)
 
     def faults(self, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
+        assert spec.image is not None  # the parts of this game have been checked
         if spec.image.height is None:
             yield (
                 ("generator",),
-                "the images of `data.path` differ in size, and a generator makes one; pack them with --size",
+                "the images of `data.path` differ in size, and a generator makes one; set `data.transform.crop`, or pack them with --size",
             )
         for fault in self.generator.network.faults(spec.image):
             yield ("generator", "network", "kind"), fault
@@ -59,6 +60,7 @@ class Gan(Game):
             yield ("discriminator", "network", "kind"), fault
 
     def sides(self, spec: Spec) -> dict[str, Side]:
+        assert spec.image is not None
         return {
             "generator": Side(self.generator, partial(self.generator.network.build, self.noise, spec.image)),
             "discriminator": Side(self.discriminator, partial(self.discriminator.network.build, spec.image)),
@@ -66,6 +68,7 @@ class Gan(Game):
 
     def inputs(self, spec: Spec) -> dict[str, tuple[int, ...]]:
         image = spec.image
+        assert image is not None
         assert image.height is not None
         assert image.width is not None
         return {"generator": (self.noise,), "discriminator": (image.channels, image.height, image.width)}

@@ -1,0 +1,223 @@
+"""What a shard holds: examined once, written down beside it, and added up to the description of a whole dataset."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from gandist.data.dataset import (
+    MAX_CLASSES,
+    NAME,
+    SHARD_NAME,
+    Counts,
+    Dataset,
+    ImageSpec,
+    LabelSpec,
+    Manifest,
+    MaskSpec,
+    Names,
+    Natural,
+    Shard,
+    SignalSpec,
+    file_digest,
+    write_atomically,
+)
+from gandist.data.decode import (
+    ENCODED,
+    IMAGE_SUFFIXES,
+    check_encoded,
+    image_shape,
+    label_number,
+    mask_classes,
+    signal_values,
+)
+from gandist.data.index import Sample, group, index_bytes, index_path
+from gandist.data.tar import mapped, members
+from gandist.recipe import InputError, Section
+
+Pair = tuple[Natural, Natural]
+
+
+class Contents(Section):
+    """What one shard holds; sizes and shapes are the distinct ones, two at most, since it matters only whether they differ."""
+
+    shard: Shard
+    sizes: tuple[Pair, ...]
+    channels: tuple[Natural, ...]
+    signals: tuple[Pair, ...]
+    labels: tuple[Natural, ...]  # samples by class
+    masked: Natural
+    mask_pixels: tuple[Natural, ...]  # pixels by value
+    skipped: tuple[str, ...] = ()
+
+
+def examine(path: Path, *, decode: bool = False, progress: Callable[[int], None] = lambda _: None) -> Contents:
+    """Scans a shard, looks at the head of every member, writes its index beside it and returns what it holds.
+
+    With `decode` every image is decoded to its end, which finds damage that its head does not show. Raises InputError
+    naming shard, sample and rule.
+    """
+    if not re.fullmatch(SHARD_NAME, path.name):
+        raise InputError(
+            f"{path}: a shard's name must be letters, digits, '.', '_' and '-', and end with .tar; rename it"
+        )
+    sizes: set[Pair] = set()
+    channels: set[int] = set()
+    signals: set[Pair] = set()
+    labels: Counter[int] = Counter()
+    pixels = np.zeros(256, np.int64)
+    masked = 0
+    with mapped(path) as data:
+        samples = group(path, members(path, data))
+        for number, sample in enumerate(samples):
+            bytes_of = {role: data[m.start : m.start + m.size] for role, m in sample.members.items()}
+            try:
+                size = _look(sample, bytes_of, sizes, channels, signals, decode)
+                if "label" in bytes_of:
+                    label = label_number(bytes_of["label"])
+                    if label >= MAX_CLASSES:
+                        raise ValueError(f"has the label {label}; class numbers are less than {MAX_CLASSES:,}")
+                    labels[label] += 1
+                if "mask" in bytes_of:
+                    classes = mask_classes(bytes_of["mask"], sample.members["mask"].suffix)
+                    if classes.shape != size:
+                        raise ValueError(f"has a mask of {classes.shape[1]}×{classes.shape[0]} pixels for another size")
+                    pixels += np.bincount(classes.ravel(), minlength=256)
+                    masked += 1
+            except ValueError as error:
+                raise InputError(f"{path}: sample {sample.key!r} {error}") from None
+            if number % 256 == 255:
+                progress(256)
+        progress(len(samples) % 256)
+        with memoryview(data) as view:
+            index = index_bytes(path, samples, view, len(data))
+        total = len(data)
+    write_atomically(index_path(path), index)
+    shard = Shard(
+        name=path.name,
+        samples=len(samples),
+        bytes=total,
+        digest=file_digest(path),
+        index_bytes=len(index),
+        index_digest=file_digest(index_path(path)),
+    )
+    return Contents(
+        shard=shard,
+        sizes=tuple(sorted(sizes)[:2]),
+        channels=tuple(sorted(channels)),
+        signals=tuple(sorted(signals)[:2]),
+        labels=tuple(labels[number] for number in range(max(labels, default=-1) + 1)),
+        masked=masked,
+        mask_pixels=tuple(pixels.tolist()),
+    )
+
+
+def _look(
+    sample: Sample,
+    data: dict[str, bytes],
+    sizes: set[Pair],
+    channels: set[int],
+    signals: set[Pair],
+    decode: bool,
+) -> Pair | None:
+    """Notes the size of a sample's image or signal, and returns that of the image."""
+    if ("image" in data) == ("signal" in data):
+        raise ValueError(
+            f"has {'both an image and a signal' if 'image' in data else 'no image and no signal'}; "
+            f"one is needed, as one of: {', '.join(IMAGE_SUFFIXES)}, or signal.npy"
+        )
+    if "signal" in data:
+        count, length = signal_values(data["signal"]).shape
+        signals.add((count, length))
+        return None
+    suffix = sample.members["image"].suffix
+    height, width, depth = image_shape(data["image"], suffix)
+    if decode and suffix in ENCODED:
+        check_encoded(data["image"], suffix)
+    sizes.add((height, width))
+    channels.add(depth)
+    return height, width
+
+
+def finish(
+    folder: Path,
+    splits: dict[str, list[Contents]],
+    source: dict[str, str | int | None],
+    *,
+    names: Names = (),
+    ignore: int | None = 255,
+    shards_at: str | None = None,
+) -> Dataset:
+    """Adds up what all shards hold and writes `dataset.json`, last, so that a folder that has one is complete."""
+    every = [contents for found in splits.values() for contents in found]
+    samples = sum(contents.shard.samples for contents in every)
+    labelled = sum(sum(contents.labels) for contents in every)
+    masked = sum(contents.masked for contents in every)
+    for role, count in (("label", labelled), ("mask", masked)):
+        if 0 < count < samples:
+            raise InputError(f"{folder}: {count} of {samples} samples have a {role}; all or none must")
+    signals = {shape for contents in every for shape in contents.signals}
+    if len(signals) > 1:
+        first, second = sorted(signals)[:2]
+        raise InputError(f"{folder}: signals of shape {first} and {second}; all must have the same channels and length")
+    channels = {count for contents in every for count in contents.channels}
+    if len(channels) > 1 and not channels <= {1, 3}:
+        raise InputError(f"{folder}: images with {sorted(channels)} channels cannot be mixed")
+    if signals and channels:
+        raise InputError(f"{folder}: holds images and signals; a dataset is one or the other")
+    pixels = np.sum([contents.mask_pixels for contents in every], axis=0)
+    mask = None
+    if masked:
+        values = [value for value in np.flatnonzero(pixels).tolist() if value != ignore]
+        mask = MaskSpec(classes=_classes(values, names), ignore=ignore, names=_fitting(values, names))
+    label = None
+    if labelled:
+        classes = [number for contents in every for number in [len(contents.labels) - 1]]
+        label = LabelSpec(
+            classes=_classes(classes, () if mask else names), names=_fitting(classes, () if mask else names)
+        )
+    manifest = Manifest(
+        source=source,
+        image=_image(channels, {size for contents in every for size in contents.sizes}) if channels else None,
+        label=label,
+        mask=mask,
+        signal=SignalSpec(channels=min(signals)[0], length=min(signals)[1]) if signals else None,
+        shards_at=shards_at,
+        splits={name: tuple(contents.shard for contents in found) for name, found in splits.items()},
+        counts={name: _counts(found, label, mask) for name, found in splits.items()},
+    )
+    write_atomically(folder / NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+    return Dataset(folder)
+
+
+def _classes(numbers: Iterable[int], names: Names) -> int:
+    return max([1 + number for number in numbers] + [len(names), 1])
+
+
+def _fitting(numbers: Iterable[int], names: Names) -> Names:
+    """The names, unless there are classes beyond them."""
+    return names if names and _classes(numbers, ()) <= len(names) else ()
+
+
+def _image(channels: set[int], sizes: set[Pair]) -> ImageSpec:
+    height, width = next(iter(sizes)) if len(sizes) == 1 else (None, None)
+    return ImageSpec(height=height, width=width, channels=max(channels))
+
+
+def _counts(found: list[Contents], label: LabelSpec | None, mask: MaskSpec | None) -> Counts:
+    labels = np.zeros(label.classes if label else 0, np.int64)
+    for contents in found:
+        labels[: len(contents.labels)] += np.array(contents.labels, np.int64)
+    pixels = np.sum([contents.mask_pixels for contents in found], axis=0)
+    return Counts(
+        labels=tuple(labels.tolist()),
+        mask_pixels=tuple(0 if mask.ignore == value else int(pixels[value]) for value in range(mask.classes))
+        if mask
+        else (),
+        ignored_pixels=int(pixels[mask.ignore]) if mask and mask.ignore is not None else 0,
+        skipped=sum(len(contents.skipped) for contents in found),
+    )

@@ -1,0 +1,68 @@
+"""From the `data` section of a recipe to what it names: the one place that chooses a reader and its caches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gandist.data import plain
+from gandist.data.dataset import Dataset, Spec
+from gandist.data.read import Reader
+from gandist.data.storage import Cache
+from gandist.data.stream import Batches, Stream, view_spec
+from gandist.recipe import DataOptions, InputError
+
+INDEX_CACHE = 16 << 30  # bytes of indexes of remote datasets; 40 a sample
+
+
+def open_reader(options: DataOptions) -> Reader:
+    """The samples of a split; raises InputError where they are not there or not what their index says."""
+    dataset = Dataset(options.path)
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gandist"
+    folder = Path(options.cache) if options.cache is not None else default
+    indexes = shards = None
+    if dataset.store.local is None:
+        indexes = Cache(dataset.store, folder / dataset.digest[:16] / "indexes", INDEX_CACHE)
+    if dataset.shard_store.local is None and options.shuffle == "window":
+        shards = Cache(dataset.shard_store, folder / dataset.digest[:16] / "shards", int(options.cache_gib * 2**30))
+    if options.cache is not None and indexes is None and shards is None:
+        raise InputError(f"`data.cache`: has no effect, since {options.path} is local; leave it out")
+    return Reader(dataset, options.split, indexes=indexes, shards=shards)
+
+
+def open_batches(
+    options: DataOptions,
+    *,
+    parts: Sequence[str],
+    batch: int,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    accumulate: int = 1,
+    recall: int = 1,
+    allow_pipe: bool = False,
+) -> Batches:
+    """A stream of the data; raises InputError."""
+    shared = {"parts": parts, "batch": batch, "seed": seed, "device": device, "rank": rank, "ranks": ranks}
+    shared |= {"accumulate": accumulate, "recall": recall}
+    if options.reader == "webdataset":
+        return plain.PlainStream(options, allow_pipe=allow_pipe, **shared)  # type: ignore[arg-type]
+    return Stream(open_reader(options), options, **shared)  # type: ignore[arg-type]
+
+
+def data_spec(options: DataOptions, allow_pipe: bool = False) -> Spec:
+    """What a game gets; raises InputError, and ValueError where the transform does not fit the data."""
+    if options.reader == "webdataset":
+        return view_spec(plain.stored_spec(options, allow_pipe), options)
+    return view_spec(Dataset(options.path).spec(options.split), options)
+
+
+def data_digest(options: DataOptions) -> str:
+    """What tells this data from any other."""
+    if options.reader == "webdataset":
+        return plain.location_digest(options)
+    return Dataset(options.path).digest

@@ -1,0 +1,105 @@
+"""What is done to an image, and to its mask alike, on its way into a batch. What is random is a function of the place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gandist.data.dataset import ImageSpec
+from gandist.data.decode import Pixels
+from gandist.data.order import Integers, uniform
+from gandist.recipe import TransformOptions
+
+
+def moves(options: TransformOptions) -> bool:
+    """Whether pixels move at all, or only change their values."""
+    return bool(options.size or options.pad or options.crop or options.flip)
+
+
+def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
+    """The images that come out; raises ValueError where they cannot."""
+    if options.mean is not None and len(options.mean) != image.channels:
+        raise ValueError(f"`mean` has {len(options.mean)} values for images of {image.channels} channels")
+    height, width = image.height, image.width
+    if height is not None and width is not None:
+        height, width = resized(height, width, options.size)
+        if options.pad >= min(height, width):
+            raise ValueError(f"`pad` {options.pad} is too much to mirror for images of {width}×{height}")
+        height, width = height + 2 * options.pad, width + 2 * options.pad
+        if options.crop is not None and options.crop > min(height, width):
+            raise ValueError(f"`crop` {options.crop} is larger than the images of {width}×{height}; set `size` as well")
+    if options.crop is not None:
+        height = width = options.crop
+    return ImageSpec(height=height, width=width, channels=image.channels)
+
+
+def values(options: TransformOptions, pixels: Tensor) -> Tensor:
+    """Float images of uint8 ones, both (B, C, H, W)."""
+    images = pixels.float()
+    if options.mean is not None and options.std is not None:
+        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (options.mean, options.std))
+        return images.div_(255).sub_(mean).div_(std)
+    low, high = options.range
+    if (low, high) == (-1.0, 1.0):
+        return images.div_(127.5).sub_(1)
+    return images.mul_((high - low) / 255).add_(low)
+
+
+def resized(height: int, width: int, size: int | None) -> tuple[int, int]:
+    """(height, width) once the shorter side is `size` long."""
+    if size is None:
+        return height, width
+    scale = size / min(height, width)
+    return max(size, round(height * scale)), max(size, round(width * scale))
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Where the crop lies, in 0 … 1 of the room there is, and whether to flip: drawn for many places at once."""
+
+    top: npt.NDArray[np.float64]
+    left: npt.NDArray[np.float64]
+    flip: npt.NDArray[np.bool_]
+
+    @classmethod
+    def draw(cls, options: TransformOptions, places: Integers, seed: int, purpose: str) -> Moves:
+        """The moves of `places`: the same for any number of processes and workers."""
+        at_random = options.crop is not None and options.crop_at == "random"
+        half = np.full(len(places), 0.5)
+        return cls(
+            uniform(places, seed, f"{purpose}/top") if at_random else half,
+            uniform(places, seed, f"{purpose}/left") if at_random else half,
+            uniform(places, seed, f"{purpose}/flip") < 0.5 if options.flip else np.zeros(len(places), bool),
+        )
+
+    def apply(self, options: TransformOptions, row: int, pixels: Pixels, *, mask: bool = False) -> Pixels:
+        """(H, W, C) or (H, W) pixels after the moves of a row; a mask keeps its values. Raises ValueError."""
+        size = resized(pixels.shape[0], pixels.shape[1], options.size)
+        if size != pixels.shape[:2]:
+            flat = pixels.ndim == 3 and pixels.shape[2] == 1
+            image = Image.fromarray(pixels[:, :, 0] if flat else pixels)
+            how = Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR  # Pillow's smooths as it shrinks
+            pixels = np.asarray(image.resize((size[1], size[0]), how))
+            pixels = pixels[:, :, None] if flat else pixels
+        if options.pad:
+            border = [(options.pad, options.pad)] * 2 + [(0, 0)] * (pixels.ndim - 2)
+            if options.pad >= min(pixels.shape[:2]):
+                raise ValueError(
+                    f"is {pixels.shape[1]}×{pixels.shape[0]}, too small to mirror {options.pad} pixels of it"
+                )
+            pixels = np.pad(pixels, border, mode="reflect")
+        if options.crop is not None:
+            room = pixels.shape[0] - options.crop, pixels.shape[1] - options.crop
+            if min(room) < 0:
+                raise ValueError(
+                    f"is {pixels.shape[1]}×{pixels.shape[0]}, smaller than the crop of {options.crop}; "
+                    "set `data.transform.size`"
+                )
+            top, left = int(self.top[row] * (room[0] + 1)), int(self.left[row] * (room[1] + 1))
+            pixels = pixels[top : top + options.crop, left : left + options.crop]
+        return pixels[:, ::-1] if self.flip[row] else pixels
