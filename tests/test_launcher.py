@@ -57,9 +57,9 @@ def test_a_request_that_comes_while_the_ranks_agree_is_not_lost(monkeypatch: pyt
     world = launcher.World(CPU, 0, 1, "fp32", "")
     stop = launcher.Stop(world)
     # the signal lands inside the agreement, which has read the flag already
-    monkeypatch.setattr(launcher.World, "any", lambda self, here: (os.kill(os.getpid(), signal.SIGTERM), here)[1])
-    assert not stop.agreed()
-    assert stop.agreed()
+    monkeypatch.setattr(launcher.World, "any", lambda self, *here: (os.kill(os.getpid(), signal.SIGTERM), here)[1])
+    assert not stop.agreed()[0]
+    assert stop.agreed()[0]
     stop.requested = False
     stop.close()
 

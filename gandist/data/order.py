@@ -14,6 +14,7 @@ from gandist.seeding import derive
 
 Integers = npt.NDArray[np.uint64]
 
+BLOCK = 4096  # items computed at once: for a batch of 64 alone, numpy's cost per call is most of the time
 ROUNDS = 8  # four, as elsewhere, fail a serial correlation test at 50,000 and 60,000 items (z = 13 and 22)
 
 
@@ -65,14 +66,32 @@ class Order(Protocol):
 
 
 def _by_epoch(places: Integers, length: int) -> list[tuple[int, npt.NDArray[np.bool_], Integers]]:
-    """(epoch, which of `places` lie in it, their places within it)."""
+    """(epoch, which of `places` lie in it, their places within it); `places` rise."""
     epochs, inside = np.divmod(places, np.uint64(length))
     return [(int(epoch), here := epochs == epoch, inside[here]) for epoch in np.unique(epochs)]
 
 
-@lru_cache(maxsize=16)
-def _permutation(length: int, seed: int, purpose: str, *counters: int) -> Permutation:
-    return Permutation(length, seed, purpose, *counters)
+@lru_cache(maxsize=64)
+def _block(length: int, seed: int, purpose: str, counters: tuple[int, ...], number: int) -> Integers:
+    """Items at the places of one block of a permutation, kept since the next batch wants the same block."""
+    places = np.arange(number * BLOCK, min((number + 1) * BLOCK, length), dtype=np.uint64)
+    items = Permutation(length, seed, purpose, *counters)(places)
+    items.flags.writeable = False
+    return items
+
+
+def _items(places: Integers, length: int, seed: int, purpose: str, *counters: int) -> Integers:
+    """Items of a permutation at places that rise and lie near each other."""
+    first, last = int(places[0]) // BLOCK, int(places[-1]) // BLOCK
+    if first == last:
+        found: Integers = _block(length, seed, purpose, counters, first)[places - np.uint64(first * BLOCK)]
+        return found
+    blocks = (places // np.uint64(BLOCK)).astype(np.int64)
+    items = np.empty_like(places)
+    for number in np.unique(blocks).tolist():
+        here = blocks == number
+        items[here] = _block(length, seed, purpose, counters, number)[places[here] - np.uint64(number * BLOCK)]
+    return items
 
 
 @dataclass(frozen=True)
@@ -85,9 +104,12 @@ class Full:
 
     def __call__(self, places: Integers) -> Integers:
         """The sample numbers at `places`."""
+        epoch, last = int(places[0]) // self.length, int(places[-1]) // self.length
+        if epoch == last:  # an epoch seldom ends within a batch
+            return _items(places - np.uint64(epoch * self.length), self.length, self.seed, self.purpose, epoch)
         items = np.empty_like(places)
         for epoch, here, inside in _by_epoch(places, self.length):
-            items[here] = _permutation(self.length, self.seed, self.purpose, epoch)(inside)
+            items[here] = _items(inside, self.length, self.seed, self.purpose, epoch)
         return items
 
 
@@ -130,9 +152,8 @@ class Windowed:
             for number in np.unique(windows).tolist():
                 begin = window_ends[number - 1] if number else np.uint64(0)
                 among = windows == number
-                mixed = _permutation(
-                    int(window_ends[number] - begin), self.seed, f"{self.purpose}/window", epoch, number
-                )(inside[among] - begin)
+                length = int(window_ends[number] - begin)
+                mixed = _items(inside[among] - begin, length, self.seed, f"{self.purpose}/window", epoch, number)
                 place = mixed + begin
                 shard = np.searchsorted(ends, place, side="right")
                 found[among] = place - (ends[shard] - self.sizes[shards[shard]]) + self.starts[shards[shard]]

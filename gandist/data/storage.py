@@ -155,10 +155,10 @@ def _transient(error: Exception) -> bool:
     if not _CONNECTION.isdisjoint(kind.__name__ for kind in type(error).__mro__):
         return True  # before the status: aiohttp calls a body cut short a 400
     status = _status(error) or 0
-    return status in (408, 429) or (status >= 500 and status != 501)
+    return status in (408, 429) or status >= 500
 
 
-def _filesystem(scheme: str) -> Any:
+def _filesystem(scheme: str, url: str) -> Any:
     """A filesystem of our own for one store."""
     options: dict[str, Any] = {}
     try:
@@ -175,6 +175,8 @@ def _filesystem(scheme: str) -> Any:
     if scheme == "s3":  # tries are counted in one place, here: botocore and s3fs would multiply them to 125
         once = {"retries": {"total_max_attempts": 1}, "connect_timeout": TIMEOUT, "read_timeout": TIMEOUT}
         options = {"config_kwargs": once}
+    elif scheme in ("az", "abfs"):  # the account, where the URL names it
+        options = kind._get_kwargs_from_urls(url)
     # fsspec fills in what FSSPEC_* variables and the files of ~/.config/fsspec say: another endpoint, a proxy, a class
     # for the client. None of that is read, so that a URL means what it says wherever it is opened. What the clients
     # themselves read stays: AWS_* (AWS_ENDPOINT_URL too), GOOGLE_*, AZURE_*, *_proxy. GOPEN_REWRITE is webdataset's
@@ -248,7 +250,7 @@ class Store:
                 raise InputError(f"{scheme}://…: not a URL; in a user's secret, write / : @ as %2F %3A %40")
         elif "@" in host and (scheme not in ("az", "abfs") or ":" in host):  # abfs://container@account…
             raise InputError(f"{self.location}: credentials in the URL are not read; set them in the environment")
-        self._fs = _filesystem(scheme)
+        self._fs = _filesystem(scheme, location)
 
     @classmethod
     def at(cls, location: str) -> Store:

@@ -136,9 +136,7 @@ def choose(reader: Reader, subset: SubsetOptions, classes: int) -> npt.NDArray[n
     for first in range(0, length, 1024):
         numbers = permutation(np.arange(first, min(first + 1024, length), dtype=np.uint64))
         for number, shard, place in zip(numbers.tolist(), *reader.locate(numbers), strict=True):
-            member = reader.read(shard, place, ("label",))["label"]
-            assert member is not None
-            label = label_number(member[1])
+            label = label_number(reader.read(shard, place, ("label",))["label"][1])
             if label < classes and left[label]:
                 left[label] -= 1
                 found.append(number)
@@ -167,6 +165,11 @@ class View:
     def roles(self) -> tuple[str, ...]:
         """The members read of each sample."""
         return tuple(self.parts)
+
+    @property
+    def other_roles(self) -> tuple[str, ...]:
+        """Those besides the image."""
+        return tuple(role for role in self.parts if role != "image")
 
     def numbers(self, picks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """Sample numbers of places in the order."""
@@ -254,7 +257,6 @@ class Stream:
         try:
             shard, place = self.reader.locate(np.zeros(1, np.uint64))
             member = self.reader.read(shard[0], place[0], ("image",))["image"]
-            assert member is not None
             assert view.image is not None
             wanted = view.image.height, view.image.width, view.image.channels
             if member[0] == "npy" and image_shape(member[1], "npy") == wanted:
@@ -321,16 +323,35 @@ class Stream:
         if "signal" in view.parts:
             assert self.spec.signal is not None
             arrays["signal"] = np.empty((count, self.spec.signal.channels, self.spec.signal.length), np.float32)
-        drawn = Moves.draw(view.transform, places, self.seed, f"transform/{view.name}")
-        for row, (number, shard, place) in enumerate(zip(numbers.tolist(), *self.reader.locate(numbers), strict=True)):
+        drawn = None
+        if moves(view.transform):
+            drawn = Moves.draw(view.transform, places, self.seed, f"transform/{view.name}")
+        shards, locals_ = self.reader.locate(numbers)
+        missing = self._straight(view, shards, locals_, rows)
+        others = view.other_roles
+        for row in range(count) if others else sorted(missing):
             try:
-                self._fill(view, row, shard, place, arrays, rows, drawn)
+                self._fill(
+                    view, view.roles if row in missing else others, row, shards[row], locals_[row], arrays, drawn
+                )
             except (BadSample, ValueError) as error:
-                loaded.faults.append(self._fault(number, error))
-                self._substitute(view, row, int(picks[row]), arrays, rows, drawn, loaded)
+                loaded.faults.append(self._fault(int(numbers[row]), error))
+                self._substitute(view, row, int(picks[row]), arrays, drawn, loaded)
         for role, part in view.parts.items():
             loaded.parts[part] = torch.from_numpy(arrays[role])
         loaded.numbers[view.name] = numbers.tolist()
+
+    def _straight(
+        self, view: View, shards: list[int], places: list[int], rows: npt.NDArray[np.uint8] | None
+    ) -> set[int]:
+        """Reads images that are stored as the batch wants them; returns the rows that must be read another way."""
+        if rows is None or not view.header:
+            return set(range(len(shards)))
+        left = set(self.reader.image_rows(shards, places, rows))
+        head = rows[:, : len(view.header)]
+        if head.tobytes() != view.header * len(rows):  # some are of another shape, or were not read at all
+            left |= set(np.flatnonzero((head != np.frombuffer(view.header, np.uint8)).any(1)).tolist())
+        return left
 
     def _fault(self, number: int, error: Exception) -> Fault:
         where = self.reader.where(number)
@@ -348,8 +369,7 @@ class Stream:
         row: int,
         pick: int,
         arrays: dict[str, npt.NDArray[np.generic]],
-        rows: npt.NDArray[np.uint8] | None,
-        drawn: Moves,
+        drawn: Moves | None,
         loaded: Loaded,
     ) -> None:
         """The next sound sample in the place of a bad one: the same for whoever meets it, whenever."""
@@ -357,7 +377,7 @@ class Stream:
             number = int(view.numbers(np.array([(pick + step) % view.order.length], np.uint64))[0])
             (shard,), (place,) = self.reader.locate(np.array([number], np.uint64))
             try:
-                return self._fill(view, row, shard, place, arrays, rows, drawn)
+                return self._fill(view, view.roles, row, shard, place, arrays, drawn)
             except (BadSample, ValueError) as error:
                 loaded.faults.append(self._fault(number, error))
         raise Failure(f"{self.reader.dataset.location}: {MAX_SUBSTITUTES} bad samples one after the other")
@@ -365,38 +385,36 @@ class Stream:
     def _fill(
         self,
         view: View,
+        roles: Sequence[str],
         row: int,
         shard: int,
         place: int,
         arrays: dict[str, npt.NDArray[np.generic]],
-        rows: npt.NDArray[np.uint8] | None,
-        drawn: Moves,
+        drawn: Moves | None,
     ) -> None:
         """One sample into its row; raises BadSample or ValueError saying what is wrong with it."""
-        straight = rows[row] if rows is not None and view.header else None
-        members = self.reader.read(shard, place, view.roles, straight)
+        members = self.reader.read(shard, place, roles)
         if "image" in members:
             member, out = members["image"], arrays["image"][row]
-            if member is None:
-                assert straight is not None
-                if straight[: len(view.header)].tobytes() != view.header:
-                    image_pixels(memoryview(straight.copy()), "npy", out)  # another header, of the same length
-            elif moves(view.transform):
+            if drawn is not None:
                 out[:] = drawn.apply(view.transform, row, self._decoded(member))
             else:
                 image_pixels(member[1], member[0], out)
-        if "mask" in members and (member := members["mask"]) is not None:
-            mask = drawn.apply(view.transform, row, mask_classes(member[1], member[0]), mask=True)
+        if "mask" in members:
+            member = members["mask"]
+            mask = mask_classes(member[1], member[0])
+            if drawn is not None:
+                mask = drawn.apply(view.transform, row, mask, mask=True)
             if mask.shape != arrays["mask"].shape[1:]:
                 raise ValueError(f"has a mask of {mask.shape[1]}×{mask.shape[0]} pixels for another image")
             arrays["mask"][row] = mask
-        if "label" in members and (member := members["label"]) is not None:
-            label = label_number(member[1])
+        if "label" in members:
+            label = label_number(members["label"][1])
             if self.spec.label is not None and label >= self.spec.label.classes:
                 raise ValueError(f"has the label {label}, and there are {self.spec.label.classes} classes")
             arrays["label"][row] = label
-        if "signal" in members and (member := members["signal"]) is not None:
-            signal = signal_values(member[1])
+        if "signal" in members:
+            signal = signal_values(members["signal"][1])
             if signal.shape != arrays["signal"].shape[1:]:
                 raise ValueError(f"has shape {signal.shape}, and the dataset says {arrays['signal'].shape[1:]}")
             arrays["signal"][row] = signal

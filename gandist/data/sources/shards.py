@@ -56,9 +56,16 @@ def is_shard(found: list[Member]) -> bool:
 
 def tar_source(path: Path, name: str | None = None) -> Source:
     """A single tar, which was called `name`: WebDataset samples, or an archive of a tree."""
+    found, probe = _scanned(path)
+    if not is_shard(found):
+        return tree_source(tar_tree(path, found))
+    return _source([_Shard(path, found, probe)], [name or path.name])
+
+
+def _scanned(path: Path) -> tuple[list[Member], bytes]:
+    """The members of a tar and the bytes at its ends."""
     with mapped(path) as data:
-        found = members(path, data)
-    return _source([path], [name or path.name]) if is_shard(found) else tree_source(tar_tree(path, found))
+        return members(path, data), data[:_PROBE] + data[-_PROBE:]
 
 
 def pattern_source(pattern: str, scratch: Path, *, allow_pipe: bool = False) -> Source:
@@ -92,7 +99,9 @@ def pattern_source(pattern: str, scratch: Path, *, allow_pipe: bool = False) -> 
                 _fetch(url, path, wait, allow_pipe)
     names = ["" if url.startswith("pipe:") else urlsplit(url).path.rpartition("/")[2] for url in urls]
     try:
-        return tar_source(paths[0], names[0]) if len(paths) == 1 else _source(paths, names)
+        if len(paths) == 1:
+            return tar_source(paths[0], names[0])
+        return _source([_Shard(path, *_scanned(path)) for path in paths], names)
     except InputError as error:
         text = str(error)
         for url, path in fetched:  # a user knows the URL, and not the copy
@@ -227,11 +236,9 @@ def _copy(where: str, stream: BinaryIO, file: BinaryIO) -> None:
 class _Shard:
     """The samples of one tar: their keys, their members' places as (suffix, start, size) by role, and what tells it apart."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with mapped(path) as data:
-            samples = group(path, members(path, data))
-            self.probe = data[:_PROBE] + data[-_PROBE:]
+    def __init__(self, path: Path, found: list[Member], probe: bytes) -> None:
+        self.path, self.probe = path, probe
+        samples = group(path, found)
         self.keys = [sample.key for sample in samples]
         self.roles = tuple(sorted(samples[0].members))
         for sample in samples:
@@ -287,17 +294,16 @@ def _member(role: str, suffix: str, data: bytes) -> dict[str, bytes]:
     return {suffix: image_members(values)["npy"]}
 
 
-def _source(paths: list[Path], names: list[str]) -> Source:
-    """Shards by their paths; where all of their `names` begin with that of a split, they are of these splits."""
+def _source(shards: list[_Shard], names: list[str]) -> Source:
+    """Samples of shards; where all of their `names` begin with that of a split, they are of these splits."""
     found = [match[0] if (match := _SPLIT.match(name)) else "" for name in names]
-    splits = [SPLITS[name] for name in found] if set(found) <= SPLITS.keys() else ["train"] * len(paths)
-    shards = [_Shard(path) for path in paths]
+    splits = [SPLITS[name] for name in found] if set(found) <= SPLITS.keys() else ["train"] * len(shards)
     first = shards[0]
     for shard in shards:
         shard.check(shard.keys[0], shard.roles, first.roles)
     head = first.read(0).members.get(SIGNAL_SUFFIX, b"")[:HEAD] if "signal" in first.roles else b""
     return Source(
-        {"kind": "shards", "shards": len(paths)},
+        {"kind": "shards", "shards": len(shards)},
         {
             name: _split(
                 [shard for shard, split in zip(shards, splits, strict=True) if split == name], first.keys[0], head

@@ -37,6 +37,7 @@ KNOWN = (
 SPLITS = {"train": "train", "training": "train", "test": "test", "val": "validation", "validation": "validation"}
 _UNREAD = ("tif", "tiff", "gif", "heic", "heif", "avif", "jp2", "jxl", "ppm", "pgm", "tga", "psd", "svg")
 ARRAYS = ("npy", "csv")
+_WANTED = {*ENCODED, *ARRAYS, *_UNREAD}
 _ROLES = {
     **dict.fromkeys(("images", "image", "img", "jpegimages"), "image"),
     **dict.fromkeys(("masks", "mask", "labels", "annotations", "segmentationclass"), "mask"),
@@ -109,7 +110,8 @@ def read_file(path: Path, size: int) -> bytes:
 
 
 def _wanted(name: str) -> bool:
-    return suffix_of(name) in (*ENCODED, *ARRAYS, *_UNREAD) and not name.rpartition("/")[2].startswith("._")
+    # ._NAME is what macOS keeps beside NAME in archives and on foreign disks; it is no image whatever its suffix says.
+    return suffix_of(name) in _WANTED and not name.rpartition("/")[2].startswith("._")
 
 
 def _sorted(sizes: dict[str, int]) -> dict[str, int]:
