@@ -1,6 +1,7 @@
 """Storage: the same bytes from a folder, from memory, over HTTP and from S3, whatever the network and the caller do."""
 
 import base64
+import gzip
 import http.server
 import json
 import multiprocessing
@@ -43,6 +44,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             sent = body
         self.send_response(status)
+        if self.server.encoding:
+            self.send_header("Content-Encoding", self.server.encoding)
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
@@ -58,6 +61,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         server.requests.append((self.path, self.headers.get("Range"), self.client_address))
+        server.accepted.add(self.headers.get("Accept-Encoding", ""))
         if server.take("stall"):
             time.sleep(1.5)
         path = self.path.partition("?")[0]
@@ -91,6 +95,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.fail = self.cut = self.stall = self.sent = 0
         self.gone, self.ranged, self.slow, self.auth = False, True, 0.0, ""
         self.requests: list[tuple[str, str | None, object]] = []
+        self.encoding, self.accepted = "", set[str]()
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/data"
 
@@ -239,7 +244,9 @@ def test_a_spawned_process_reads_from_the_store_it_was_handed(
 ) -> None:
     if kind == "s3":
         request.getfixturevalue("s3")
-    store = Store.at(server.url if kind == "http" else "s3://bucket/data")
+    server.auth = "Basic " + base64.b64encode(b"user:secret").decode()
+    url = server.url.replace("//", "//user:secret@")
+    store = Store.at(url if kind == "http" else "s3://bucket/data")
     assert store.range(NAME, 0, 1) == DATA[:1]  # loops and connections are open
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -417,6 +424,25 @@ def test_nothing_of_the_environment_of_fsspec_or_webdataset_changes_where_a_url_
             run(f"import fsspec\nprint(fsspec.open({url!r}).open().read(9))")
             assert len(evil.requests) > asked
         evil.shutdown()
+
+
+def test_bytes_come_as_they_are_stored_whatever_the_server_calls_them(server: Server) -> None:
+    data = gzip.compress(DATA)
+    server.files["/data/a.tar.gz"], server.encoding = data, "gzip"
+    store = Store.at(server.url)
+    assert store.range("a.tar.gz", 100, 1000) == data[100:1100]
+    assert store.read("a.tar.gz", 1 << 30) == data
+    server.ranged = False
+    assert open_stream(store.name("a.tar.gz")).read() == data
+    assert server.accepted == {"identity"}
+
+
+def test_a_file_is_replaced_not_written_over(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "copy").write_bytes(b"old")
+    with (tmp_path / "copy").open("rb") as old:
+        store.fetch(NAME, tmp_path / "copy")
+        assert old.read() == b"old"
+    assert (tmp_path / "copy").read_bytes() == DATA
 
 
 def test_a_proxy_of_the_environment_is_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

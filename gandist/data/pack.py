@@ -313,8 +313,10 @@ def _locked(out: Path) -> Iterator[None]:
             raise InputError(
                 f"{out}: another process is packing into it; wait for it, or choose another folder"
             ) from None
-        yield
-        (out / LOCK).unlink()
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink()
 
 
 def _done_before(packing: Packing, record: dict[str, str | int | None]) -> Dataset | None:
@@ -404,14 +406,28 @@ def pack(packing: Packing, workers: int = 1, progress: Progress = lambda *_: Non
     if done is not None:
         return done, False
     _begin(packing, record)
-    with _locked(packing.out):
-        jobs = packing.jobs(found)
-        workers = min(workers, len(jobs))
-        if workers <= 1:
-            pack_part(packing, 0, 1, progress)
-        else:
-            _run_parts(packing, jobs, workers, progress)
-        return _merge(packing, found, record), True
+    try:
+        with _locked(packing.out):
+            jobs = packing.jobs(found)
+            workers = min(workers, len(jobs))
+            if workers <= 1:
+                pack_part(packing, 0, 1, progress)
+            else:
+                _run_parts(packing, jobs, workers, progress)
+            return _merge(packing, found, record), True
+    except InputError:
+        _clear(packing.out)
+        raise
+
+
+def _clear(out: Path) -> None:
+    """Leaves nothing behind where no shard was finished, so that the same folder can be packed into once the input is mended."""
+    if any(out.glob("*.tar")) or (out / LOCK).exists():
+        return
+    for file in [*out.glob("*.tmp"), out / PLAN]:
+        file.unlink(missing_ok=True)
+    if not any(out.iterdir()):
+        out.rmdir()
 
 
 def _run_parts(packing: Packing, jobs: list[Job], workers: int, progress: Progress) -> None:

@@ -1,0 +1,247 @@
+"""Packing is a function of the source and the options: processes, machines, kills and orders do not show in the bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import open_stream, packed, run, start
+from PIL import Image
+
+from gandist.data.dataset import Dataset
+from gandist.data.index import scan
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ninety small photos of three classes."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for number in range(90):
+        folder = root / ("ape", "bee", "cat")[number % 3]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (24, 30, 3), np.uint8)).save(folder / f"{number:03d}.png")
+    return root
+
+
+def test_any_number_of_processes_or_parts_writes_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+    options = ("--size", 16, "--shard-samples", 8, "--shuffle", 5, "--split", "train=0.7,test=0.3")
+    assert run("pack", photos, tmp_path / "one", *options, "--workers", 1).code == 0
+    assert run("pack", photos, tmp_path / "three", *options, "--workers", 3).code == 0
+    for part in (2, 1):
+        result = run("pack", photos, tmp_path / "parts", *options, "--part", f"{part}/2")
+        assert result.code == 0, result.out
+        if part == 2:
+            early = run("pack", photos, tmp_path / "parts", *options, "--merge")
+            assert early.code == 2
+            assert "shards are not there" in early.out
+    assert run("pack", photos, tmp_path / "parts", *options, "--merge").code == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "three") == contents(tmp_path / "parts")
+    assert "packed already" in run("pack", photos, tmp_path / "parts", *options).out
+
+
+def test_a_packing_that_was_killed_goes_on_with_the_shards_it_lacks(photos: Path, tmp_path: Path) -> None:
+    options = ("--shard-samples", 2, "--size", 400, "--workers", 2)
+    packed(photos, tmp_path / "whole", shard_samples=2, size=400, shuffle=0)
+    killed = 0
+    for _ in range(3):
+        process = start("pack", photos, tmp_path / "out", *options)
+        before = len([*(tmp_path / "out").glob("*.tar")])
+        deadline = time.monotonic() + 60
+        while (
+            len([*(tmp_path / "out").glob("*.tar")]) < before + 5
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
+            time.sleep(0.005)
+        killed += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert killed >= 2
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert run("pack", photos, tmp_path / "out", *options).code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    kept = [path for path, when in written.items() if path.stat().st_mtime_ns == when]
+    assert len(kept) >= 10
+
+
+def test_another_packing_is_not_mixed_into_one_that_was_killed(gandist: Callable, photos: Path, tmp_path: Path) -> None:
+    assert gandist("pack", photos, tmp_path / "out", "--shard-samples", 8, "--part", "1/2").code == 0
+    result = gandist("pack", photos, tmp_path / "out", "--shard-samples", 9, "--part", "2/2")
+    assert result.code == 2
+    assert "another packing has begun there" in result.err
+
+
+def test_shuffling_permutes_splits_divide_and_keys_name_the_item(photos: Path, tmp_path: Path) -> None:
+    keys = {}
+    for name, options in {
+        "plain": {"shuffle": None},
+        "a": {"shuffle": 1},
+        "b": {"shuffle": 2},
+        "split": {"shuffle": 1, "splits": (("train", 0.8), ("validation", 0.1), ("test", 0.1))},
+    }.items():
+        packed(photos, tmp_path / name, shard_samples=40, **options)
+        keys[name] = [s.key for path in sorted((tmp_path / name).glob("*.tar")) for s in scan(path)]
+    assert keys["plain"] == sorted(keys["plain"])
+    assert keys["plain"][0] == "00000000-ape_000"
+    assert Counter(keys["a"]) == Counter(keys["b"]) == Counter(keys["plain"]) == Counter(keys["split"])
+    assert len({tuple(order) for order in (keys["plain"], keys["a"], keys["b"])}) == 3
+    manifest = Dataset(tmp_path / "split").manifest
+    assert {name: sum(s.samples for s in shards) for name, shards in manifest.splits.items()} == {
+        "train": 72, "validation": 9, "test": 9,
+    }  # fmt: skip
+    assert sum(sum(counts.labels) for counts in manifest.counts.values()) == 90
+    assert manifest.counts["train"].labels != (72, 0, 0)  # class folders come in order, and a split is taken by chance
+
+
+def test_every_shard_of_a_shuffled_packing_holds_every_class(fashion: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "sorted.npz", images=np.zeros((4000, 4, 4), np.uint8), labels=np.repeat(np.arange(10), 400))
+    packed(tmp_path / "sorted.npz", tmp_path / "out", shard_samples=500, shuffle=0)
+    for shard in range(8):
+        stream = open_stream(tmp_path / "out", parts=("label",), batch=500)
+        labels = [int(bytes(stream.reader.read(shard, place, ("label",))["label"][1])) for place in range(500)]
+        assert min(Counter(labels)[label] for label in range(10)) > 20
+        stream.close()
+
+
+def test_bad_files_are_named_and_refused_or_passed_over_and_counted(
+    gandist: Callable, photos: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    for number in range(12):
+        (source / "ape").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(source / "ape" / f"{number:02d}.png")
+    whole = (source / "ape" / "03.png").read_bytes()
+    (source / "ape" / "03.png").write_bytes(whole[: len(whole) // 2])
+    (source / "ape" / "07.png").write_bytes(b"not an image")
+    refused = gandist("pack", source, tmp_path / "refused")
+    assert refused.code == 2
+    assert "--bad skip" in refused.err
+    assert "03.png" in refused.err or "07.png" in refused.err
+    skipped = gandist("pack", source, tmp_path / "skipped", "--bad", "skip", "--shard-samples", 5)
+    assert skipped.code == 0, skipped.err
+    assert "10 samples" in skipped.out
+    assert "2 bad files passed over" in skipped.out
+    assert gandist("verify", tmp_path / "skipped").code == 0
+
+
+def test_images_and_masks_stay_untouched_and_are_counted_by_class(gandist: Callable, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    for number in range(8):
+        height, width = 20 + number, 30
+        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(
+            tmp_path / "in" / "images" / f"{number}.png"
+        )
+        mask = random.integers(0, 4, (height, width), np.uint8)
+        mask[0] = 255
+        image = _palette(mask) if number % 2 else Image.fromarray(mask)
+        image.save(tmp_path / "in" / "labels" / f"{number}.png")
+    result = gandist("pack", tmp_path / "in", tmp_path / "out", "--names", "sky,tree,road,cow")
+    assert result.code == 0, result.err
+    assert "4 sky, tree, road, cow, 255 is ignored" in result.out
+    counts = Dataset(tmp_path / "out").manifest.counts["train"]
+    assert counts.ignored_pixels == 8 * 30
+    assert sum(counts.mask_pixels) == sum(30 * (19 + number) for number in range(8))
+    stored = webdataset.WebDataset(str(tmp_path / "out" / "train-000000.tar"), shardshuffle=False)
+    files = {(s["png"], s["mask.png"]) for s in stored}
+    sources = {
+        tuple((tmp_path / "in" / folder / f"{n}.png").read_bytes() for folder in ("images", "labels")) for n in range(8)
+    }
+    assert files == sources
+
+
+def _palette(mask: np.ndarray) -> Image.Image:
+    coloured = Image.new("P", mask.shape[::-1])
+    coloured.putpalette([n * 7 % 256 for n in range(768)])
+    coloured.putdata(mask.ravel().tolist())
+    return coloured
+
+
+def test_a_mask_that_does_not_fit_its_image_or_is_no_mask_is_refused(gandist: Callable, tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    Image.new("RGB", (10, 10)).save(tmp_path / "in" / "images" / "a.png")
+    for mask, rule in ((Image.new("L", (9, 10)), "they must agree"), (Image.new("RGB", (10, 10)), "not of colours")):
+        mask.save(tmp_path / "in" / "masks" / "a.png")
+        result = gandist("pack", tmp_path / "in", tmp_path / "out")
+        assert result.code == 2
+        assert rule in result.err
+
+
+def test_resizing_keeps_masks_to_their_classes_and_fits_as_asked(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    mask = np.zeros((40, 60), np.uint8)
+    mask[:, 30:] = 7
+    for number in range(3):
+        Image.fromarray(np.stack([mask * 30] * 3, 2)).save(tmp_path / "in" / "images" / f"{number}.png")
+        Image.fromarray(mask).save(tmp_path / "in" / "masks" / f"{number}.png")
+    for fit, (height, width) in {"crop": (20, 20), "shorter": (20, 30), "stretch": (20, 20)}.items():
+        packed(tmp_path / "in", tmp_path / fit, size=20, fit=fit)
+        stream = open_stream(tmp_path / fit, parts=("image", "mask"), batch=3)
+        loaded = stream.load(0)
+        assert not loaded.faults, loaded.faults
+        assert loaded.parts["mask"].shape == (3, height, width)
+        assert set(loaded.parts["mask"].unique().tolist()) == {0, 7}
+        agree = (loaded.parts["image"][..., 0] > 105) == (loaded.parts["mask"] == 7)
+        assert agree.float().mean() > 0.95
+        stream.close()
+
+
+def test_signals_become_float_batches_and_a_picture(gandist: Callable, tmp_path: Path, recipe: Callable) -> None:
+    time_ = np.linspace(0, 6.28, 50, dtype=np.float32)
+    signals = np.stack([np.sin(time_ * (n + 1)) for n in range(20)])
+    np.save(tmp_path / "signals.npy", signals)
+    packed(tmp_path / "signals.npy", tmp_path / "out")
+    stream = open_stream(tmp_path / "out", parts=("signal",), batch=20)
+    (batch,) = stream.read(0)
+    assert batch["signal"].shape == (20, 1, 50)
+    assert np.array_equal(batch["signal"][:, 0].numpy(), signals[batch.numbers["signal"]])
+    stream.close()
+    result = gandist("train", recipe(data=tmp_path / "out"))
+    assert result.code == 2
+    assert "the game gan reads `image`, and the data has only signal" in result.err
+
+
+def test_shares_parts_and_options_that_cannot_be_are_refused_before_anything_is_written(
+    gandist: Callable, photos: Path, tmp_path: Path
+) -> None:
+    for options, rule in [
+        (("--split", "train=0.5,test=0.6"), "add up to 1"),
+        (("--split", "train"), "NAME=FRACTION"),
+        (("--split", "train=0.5,train=0.5"), "stands twice"),
+        (("--fit", "stretch"), "no effect without --size"),
+        (("--size", 16, "--fit", "squeeze"), "must be one of"),
+        (("--part", "3/2"), "must be from 1/2"),
+        (("--part", "x"), "must read I/N"),
+        (("--part", "1/2", "--merge"), "contradict"),
+        (("--shuffle", 1, "--no-shuffle"), "contradict"),
+        (("--bad", "ignore"), "refuse or skip"),
+        (("--merge",), "run the parts first"),
+    ]:
+        result = gandist("pack", photos, tmp_path / "out", *options)
+        assert result.code == 2, options
+        assert rule in result.err, result.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_dataset_json_says_is_what_the_shards_hold(photos: Path, tmp_path: Path) -> None:
+    packed(photos, tmp_path / "out", shard_samples=32, shuffle=3)
+    manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert manifest["counts"]["train"]["labels"] == [30, 30, 30]
+    assert manifest["source"]["shuffle"] == 3
+    assert [shard["samples"] for shard in manifest["splits"]["train"]] == [32, 32, 26]
