@@ -6,7 +6,6 @@ import fcntl
 import glob
 import io
 import itertools
-import math
 import os
 import queue
 import re
@@ -83,10 +82,13 @@ def _braces(pattern: str) -> list[str]:
     parts = re.split(r"\{([^{}]*)\}", pattern)  # every second one stood in braces
     if any(set(part) & set("{}") for part in parts):
         raise ValueError("braces must come in pairs, and not one in another")
-    choices = [_choices(part) if place % 2 else [part] for place, part in enumerate(parts)]
-    count = math.prod(map(len, choices))
-    if count > MAX_NAMES or count * len(pattern) > MAX_TEXT:
-        raise ValueError(f"stands for {count} names; the limit is {MAX_NAMES}, or {MAX_TEXT} characters of them")
+    choices: list[Sequence[str]] = []
+    count = 1
+    for place, part in enumerate(parts):
+        choices.append(_choices(part) if place % 2 else [part])
+        count *= len(choices[-1])
+        if count > MAX_NAMES or count * len(pattern) > MAX_TEXT:  # before the next range is written out
+            raise ValueError(f"stands for more than {MAX_NAMES} names, or {MAX_TEXT} characters of them; give fewer")
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
@@ -119,13 +121,12 @@ def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error of any client: aiohttp, botocore, gcsfs and azure each keep it elsewhere."""
     while error is not None:
         response = getattr(error, "response", None)
+        found: Any = next((getattr(error, n) for n in ("status", "status_code", "code") if hasattr(error, n)), None)
         if isinstance(response, dict):
             code = str(response.get("Error", {}).get("Code"))
             if re.search("Throttl|SlowDown|RequestTimeout$|TooManyRequests|LimitExceeded", code):
                 return 429
-            response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        names = (name for name in ("status", "status_code", "code") if hasattr(error, name))
-        found = response or next((getattr(error, name) for name in names), None)
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if isinstance(found, int) and 400 <= found < 600:
             return found
         error = error.__cause__ or error.__context__
