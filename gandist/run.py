@@ -214,6 +214,7 @@ class Run:
             player.load_numbers(
                 {key: type(old)(new) for (key, old), new in zip(numbers.items(), values.tolist(), strict=True)}
             )
+        self.quarantined = set(json.loads(self.world.gather(json.dumps([*self.quarantined]))[0]))
 
     def _start_from(self) -> None:
         """Old weights, new everything else: the averages begin again from the weights."""
@@ -268,23 +269,24 @@ class Run:
         for number, message in (fault for text in texts for fault in json.loads(text)):
             if number in self.quarantined:
                 continue
-            if number >= 0:
-                self.quarantined.add(number)
+            # A sample beyond the limit is not noted: the same command would go on past it.
+            kind = "quarantine" if number >= 0 and len(self.quarantined) < limit else "data_lost"
             if self._log:
-                kind = "data_lost" if number < 0 else "quarantine"
                 self._log.event(kind, images=self.clock.images, sample=number, error=message)
-            if number < 0 or len(self.quarantined) > limit:
-                self.lost_data = self.lost_data or message
+            if kind == "data_lost":
+                advice = f"; `data.quarantine` {limit} allows no more bad samples" if number >= 0 else ""
+                self.lost_data = self.lost_data or message + advice
             else:
+                self.quarantined.add(number)
                 self.bar.say(f"quarantined {len(self.quarantined)} of at most {limit} samples: {message}")
         return bool(self.lost_data)
 
     def refuse_lost_data(self) -> None:
-        """Raises Failure on every rank, with a checkpoint behind it, where the data did not allow going on."""
+        """Ends every rank, with a checkpoint behind it, where the data did not allow going on; rank 0 says why."""
         if self.lost_data:
-            limit = self.recipe.data.quarantine
-            advice = f"; `data.quarantine` {limit} allows no more bad samples" if len(self.quarantined) > limit else ""
-            raise Failure(f"{self.lost_data}{advice}; a checkpoint at {self.clock.images:,} images is saved")
+            if not self.world.leads:
+                raise SystemExit(1)
+            raise Failure(f"{self.lost_data}; a checkpoint at {self.clock.images:,} images is saved")
 
     def upkeep(self, last: bool) -> None:
         """Logs, samples and saves what is due; comes before the step, so that the last step needs no code of its own."""

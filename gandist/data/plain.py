@@ -172,7 +172,7 @@ class PlainStream:
         self._recent: OrderedDict[int, list[Batch]] = OrderedDict()
         self._recall = recall
         self._stop = threading.Event()
-        self._queues: list[queue.Queue[dict[str, torch.Tensor] | Fault]] = []
+        self._queues: list[queue.Queue[dict[str, torch.Tensor] | Fault | Exception]] = []
         self._threads: list[threading.Thread] = []
         self._first: int | None = None
         self._next: dict[int, dict[str, torch.Tensor] | Fault] = {}
@@ -192,7 +192,7 @@ class PlainStream:
         self._first = draw
         workers = max(1, min(self.options.workers, len(self.own)))
         for worker in range(workers):
-            batches: queue.Queue[dict[str, torch.Tensor] | Fault] = queue.Queue(_DEPTH)
+            batches: queue.Queue[dict[str, torch.Tensor] | Fault | Exception] = queue.Queue(_DEPTH)
             thread = threading.Thread(
                 target=self._work, args=(worker, workers, draw, batches), daemon=True, name=f"webdataset-{worker}"
             )
@@ -201,23 +201,25 @@ class PlainStream:
             thread.start()
 
     def _work(
-        self, worker: int, workers: int, first: int, batches: queue.Queue[dict[str, torch.Tensor] | Fault]
+        self, worker: int, workers: int, first: int, batches: queue.Queue[dict[str, torch.Tensor] | Fault | Exception]
     ) -> None:
         samples = self._endless(worker, workers, first)
         draw = first + worker
         while not self._stop.is_set():
-            found: dict[str, torch.Tensor] | Fault
+            found: dict[str, torch.Tensor] | Fault | Exception
             try:
                 found = self._assemble(samples, draw)
             except (Failure, InputError) as error:
                 found = Fault(-1, str(error))
+            except Exception as error:  # noqa: BLE001 - raised in `_take`: the loop must not wait for a dead thread
+                found = error
             while not self._stop.is_set():
                 try:
                     batches.put(found, timeout=0.2)
                     break
                 except queue.Full:
                     continue
-            if isinstance(found, Fault):
+            if isinstance(found, Fault | Exception):
                 return
             draw += workers
 
@@ -292,14 +294,20 @@ class PlainStream:
         assert self._first is not None
         if draw not in self._next:
             began = time.perf_counter()
-            self._next[draw] = self._queues[(draw - self._first) % len(self._queues)].get()
+            found = self._queues[(draw - self._first) % len(self._queues)].get()
             self.waited += time.perf_counter() - began
+            if isinstance(found, Exception):
+                raise found
+            self._next[draw] = found
         return self._next[draw]
 
     def ready(self, draws: Sequence[int]) -> list[Fault]:
         """Waits for these draws, which must follow one another, and returns what is wrong with them."""
-        found = [self._take(draw) for draw in draws if draw not in self._recent]
-        return [fault for fault in found if isinstance(fault, Fault)]
+        for draw in draws:
+            found = None if draw in self._recent else self._take(draw)
+            if isinstance(found, Fault):
+                return [found]  # nothing comes after it
+        return []
 
     def read(self, draw: int) -> list[Batch]:
         """The micro-batches of a draw, on the device; raises Failure."""

@@ -7,6 +7,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +252,8 @@ class Reader:
             self.cache.prefetch([(self.shards[s].name, self.shards[s].bytes) for s in shards])
         elif self.store.local is not None and hasattr(os, "posix_fadvise"):
             for shard in shards:
-                os.posix_fadvise(self._file(shard), 0, 0, os.POSIX_FADV_WILLNEED)
+                with suppress(OSError):  # one that is gone is named when it is read
+                    os.posix_fadvise(self._file(shard), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Ends what the caches do in the background."""

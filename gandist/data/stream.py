@@ -226,7 +226,8 @@ class Stream:
         self._recent: OrderedDict[int, list[Batch]] = OrderedDict()
         self._recall = recall  # draws that may be read again without a second load: those of one step
         self._told: set[int] = set()  # draws whose faults `ready` has handed on
-        self._window: tuple[list[list[int]], threading.Lock] = [], threading.Lock()
+        self._windows: dict[str, list[list[int]]] = {}  # shards that each view wants, this window's and the next one's
+        self._window_lock = threading.Lock()
 
     def _views(self, parts: Sequence[str]) -> list[View]:
         found: dict[str, View] = {}
@@ -437,16 +438,15 @@ class Stream:
         """Where shards are read in windows: asks for those of this window and of the next, and lets older ones go."""
         if not isinstance(view.order, Windowed):
             return
-        known, lock = self._window
         windows = view.order.windows(draw * self.batch, 2)
-        with lock:
-            if windows == known:
+        with self._window_lock:
+            if windows == self._windows.get(view.name):
                 return
-            known[:] = windows
-        wanted = [shard for window in windows for shard in window]
+            self._windows[view.name] = windows
+            kept = {shard for known in self._windows.values() for window in known for shard in window}
         if self.reader.cache is not None:
-            self.reader.cache.keep({self.reader.shards[shard].name for shard in wanted})
-        self.reader.read_ahead(wanted)
+            self.reader.cache.keep({self.reader.shards[shard].name for shard in kept})
+        self.reader.read_ahead([shard for window in windows for shard in window])
 
     # ---- the loop's side
 
