@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gandist.data import cache as cache_module
 from gandist.data import storage
-from gandist.data.storage import Cache, Store, expand, is_remote, open_stream
+from gandist.data.cache import Cache
+from gandist.data.storage import Store, expand, is_remote, open_stream
 from gandist.recipe import Failure, InputError
 
 pytest.importorskip("aiohttp")
@@ -712,7 +714,7 @@ def test_threads_that_want_a_file_at_once_fetch_it_once_on_a_disk_without_locks_
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:
     if not locks:
-        monkeypatch.setattr(storage.fcntl, "flock", no_locks)
+        monkeypatch.setattr(cache_module.fcntl, "flock", no_locks)
     server.slow = 0.1
     cache = Cache(Store.at(server.url), tmp_path / "cache", 1 << 30)
     with ThreadPoolExecutor(8) as pool:

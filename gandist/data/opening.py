@@ -9,17 +9,28 @@ from pathlib import Path
 import torch
 
 from gandist.data import plain
+from gandist.data.cache import Cache
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.read import Reader
-from gandist.data.storage import Cache
+from gandist.data.storage import redact
 from gandist.data.stream import Batches, Stream, view_spec
 from gandist.recipe import DataOptions, InputError
 
 INDEX_CACHE = 16 << 30  # bytes of indexes of remote datasets; 40 a sample
 
 
+def refuse_secrets(options: DataOptions) -> None:
+    """Raises InputError for a URL with a password or a signature: recipes are written into logs, trackers and checkpoints."""
+    if redact(options.path) != options.path:
+        raise InputError(
+            f"`data.path`: {redact(options.path)}: a recipe is copied into logs and checkpoints, and this URL holds a credential; "
+            "put it into the environment (AWS_…, GOOGLE_…) or ~/.netrc"
+        )
+
+
 def open_reader(options: DataOptions) -> Reader:
     """The samples of a split; raises InputError where they are not there or not what their index says."""
+    refuse_secrets(options)
     dataset = Dataset(options.path)
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gandist"
     folder = Path(options.cache) if options.cache is not None else default
@@ -56,6 +67,7 @@ def open_batches(
 
 def data_spec(options: DataOptions, allow_pipe: bool = False) -> Spec:
     """What a game gets; raises InputError, and ValueError where the transform does not fit the data."""
+    refuse_secrets(options)
     if options.reader == "webdataset":
         return view_spec(plain.stored_spec(options, allow_pipe), options)
     return view_spec(Dataset(options.path).spec(options.split), options)

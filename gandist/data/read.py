@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from gandist.data.cache import Cache
 from gandist.data.dataset import Dataset, file_digest
 from gandist.data.decode import Pixels
 from gandist.data.index import ABSENT, ShardIndex, digest, index_path, key_and_suffix
 from gandist.data.order import Integers
-from gandist.data.storage import Cache
 from gandist.data.tar import BLOCK
 from gandist.recipe import Failure, InputError
 
