@@ -667,11 +667,11 @@ def claims(path: Path, kind: bytes, size: int) -> None:
     ("make", "rule"),
     [
         (damaged, "at byte .*checksum"),
-        (lambda p: p.write_bytes(tar(p, shard()).read_bytes()[:5000]), "unexpected end of data$"),
+        (lambda p: p.write_bytes(tar(p, shard()).read_bytes()[:5000]), "is cut off"),
         (lambda p: p.write_bytes(tar(p, shard()).read_bytes()[:-10240] + b"x" * 10240), "cut off|complete|damaged"),
         (lambda p: p.write_bytes(gzip.compress(tar(p, shard()).read_bytes())), "not an uncompressed tar"),
         (lambda p: p.write_bytes(tar(p, shard()).read_bytes().rstrip(b"\0")), "cut off|unexpected end of data$"),
-        (lambda p: p.write_bytes(tar(p, shard()).read_bytes() + b"x" * 512), "behind the end"),
+        (lambda p: p.write_bytes(tar(p, shard()).read_bytes() + b"x" * 512), "cut off or damaged"),
         (lambda p: p.write_bytes(b"<html>" * 200), "at byte 0: not a complete"),
         (lambda p: p.write_bytes(b""), "cut off|empty"),
         (link, "not a plain file"),
@@ -698,7 +698,7 @@ def test_a_stream_without_an_end_ends(kind: bytes, tmp_path: Path) -> None:
     tar(tmp_path / "t.tar", shard())
     if kind:
         claims(tmp_path / "t.tar", kind, 1 << 33)
-    with memory_below(16 << 20), pytest.raises(InputError, match=r"the limit is|more than a MiB of empty blocks"):
+    with memory_below(16 << 20), pytest.raises(InputError, match=r"the limit is|a tar ends with two empty blocks"):
         load(f"pipe:cat {tmp_path / 't.tar'} /dev/zero", tmp_path, allow_pipe=True)
 
 
@@ -708,7 +708,7 @@ def test_a_pax_header_cannot_give_a_member_another_size(tmp_path: Path) -> None:
     info.type, info.size = tarfile.XHDTYPE, len(record)
     body = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0")
     (tmp_path / "t.tar").write_bytes(body + tar(tmp_path / "u.tar", shard()).read_bytes())
-    with pytest.raises(InputError, match="a size of its own"):
+    with pytest.raises(InputError, match="the limit is"):
         load(f"pipe:cat {tmp_path / 't.tar'}", tmp_path, allow_pipe=True)
 
 

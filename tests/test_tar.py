@@ -220,7 +220,7 @@ HOSTILE = {
     "two images": ((header("a.png", 1) + bytes(BLOCK)) + (header("a.jpg", 1) + bytes(BLOCK)) + END, "a second image"),
     "no suffix": (header("a", 1) + bytes(BLOCK) + END, "has no suffix"),
     "no sample": (header("a.txt", 1) + bytes(BLOCK) + END, "holds no samples"),
-    "gzip": (b"\x1f\x8b\x08\x00" + bytes(2000), "not a complete uncompressed tar"),
+    "gzip": (b"\x1f\x8b\x08\x00" + bytes(2000), "not an uncompressed tar; unpack it"),
     "nothing": (b"", "is empty"),
     "text after the end": (header("a.txt") + END + b"more" + bytes(508), "cut off or damaged"),
     "name without member": (

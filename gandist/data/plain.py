@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from gandist.data.index import key_and_suffix
 from gandist.data.order import Permutation, places_of
 from gandist.data.storage import expand, open_stream, redact
 from gandist.data.stream import PARTS, Batch, Fault, view_spec
-from gandist.data.tar import check_sum, walk
+from gandist.data.tar import check_sum, refusal, walk
 from gandist.data.transform import Moves, moves, values
 from gandist.recipe import DataOptions, Failure, InputError
 from gandist.seeding import derive
@@ -56,8 +56,14 @@ class _Forward:
         return b"".join(parts)
 
 
-def members_of(url: str, allow_pipe: bool) -> Iterator[dict[str, Any]]:
-    """The members of a shard that gandist reads, as webdataset's `group_by_keys` takes them; raises Failure."""
+def members_of(
+    url: str, allow_pipe: bool, wanted: Callable[[str], bool] = ROLES.__contains__
+) -> Iterator[dict[str, Any]]:
+    """The members of a shard, by `wanted` suffixes, as webdataset's `group_by_keys` takes them.
+
+    webdataset's own reading of tars ends at a damaged header in silence, takes what any header claims into memory, and passes
+    over links; so only its grouping is used. Raises InputError for what is no plain tar, Failure for what cannot be read.
+    """
     name = redact(url)
     try:
         with open_stream(url, allow_pipe=allow_pipe) as file:
@@ -68,14 +74,14 @@ def members_of(url: str, allow_pipe: bool) -> Iterator[dict[str, Any]]:
 
             for member in walk(name, fetch, 1 << 62, check):
                 parsed = key_and_suffix(member.name)
-                if parsed is not None and parsed[1] in ROLES:
+                if parsed is None:
+                    raise refusal(name, member.offset, f"{member.name!r} has no suffix; members are named KEY.SUFFIX")
+                if wanted(parsed[1]):
                     data = fetch(member.start, member.size)
                     if len(data) < member.size:
-                        raise Failure(f"{name}: at byte {member.offset}: {member.name!r} is cut off")
+                        raise refusal(name, member.offset, f"{member.name!r} is cut off")
                     yield {"fname": member.name, "data": data, "__url__": name}
         yield {}  # so that samples of two shards are not mixed up
-    except InputError as error:
-        raise Failure(str(error)) from None
     except OSError as error:
         raise Failure(f"{name}: cannot be read: {error.strerror or error}") from None
 
@@ -87,7 +93,9 @@ def samples_of(urls: Sequence[str], allow_pipe: bool, buffer: int = 1, seed: int
         stages.append(shuffle(buffer, initial=buffer, rng=random.Random(seed)))
     try:
         yield from DataPipeline(*stages)
-    except ValueError as error:  # a name that stands twice
+    except InputError as error:
+        raise Failure(str(error)) from None
+    except ValueError as error:  # webdataset's, for a name that stands twice
         raise Failure(f"{error.args[0]}") from None
 
 

@@ -22,6 +22,7 @@ MAX_MEMBER = 1 << 28
 _MAX_HEADER = 1 << 20  # of a PAX header or a long name
 _MAX_TAIL = 1 << 20  # tar pads to its blocking factor, which is 10 KiB unless asked for more
 _EMPTY = bytes(BLOCK)
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")
 _KINDS = {49: "a hard link", 50: "a symbolic link", 51: "a device", 52: "a device", 54: "a pipe", 83: "a sparse file"}
 
 
@@ -133,6 +134,8 @@ def walk(
         header = fetch(place, BLOCK)
         if header == _EMPTY:
             break
+        if place == 0 and header.startswith(_COMPRESSED):
+            raise refusal(tar, place, "not an uncompressed tar; unpack it, and keep its shards as plain .tar")
         if len(header) < BLOCK:
             raise refusal(tar, place, "a tar ends with two empty blocks, and this one is cut off")
         if first < 0:

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import re
-import tarfile
 from bisect import bisect_right
 from collections import Counter
 from contextlib import suppress
@@ -18,24 +17,21 @@ from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
-from webdataset.tariterators import base_plus_ext, tar_file_expander
+from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from gandist.data.decode import ENCODED, IMAGE_SUFFIXES, LABEL_SUFFIX, ROLES, SIGNAL_SUFFIX, label_number
 from gandist.data.index import group, key_and_suffix
+from gandist.data.plain import members_of
 from gandist.data.sources import Item, Source, Split
 from gandist.data.sources.arrays import HEAD, check_shape, image_members, npy_view, signal_members
 from gandist.data.sources.trees import SPLITS, suffix_of, tar_tree, tree_source
-from gandist.data.storage import Store, expand, open_stream, redact
-from gandist.data.tar import BLOCK, MAX_MEMBER, Member, mapped, members
+from gandist.data.storage import Store, expand, redact
+from gandist.data.tar import Member, mapped, members
 from gandist.recipe import Failure, InputError
 
 _SUFFIXES = tuple(ROLES)
-_MAX_HEADER = 1 << 20
 _PROBE = 1 << 16  # bytes at either end of a shard that go into the digest: arrays all have the same size
-_MAX_EMPTY = (1 << 20) // BLOCK
-_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"]\0\0\x80", b"\xfd7zXZ")  # which tarfile would unfold without a limit
 _SPLIT = re.compile(r"([a-z]+)(?![a-z])")
 
 
@@ -123,8 +119,8 @@ def _fetch(url: str, path: Path, wait: bool, allow_pipe: bool) -> None:
                 return
             for stale in path.parent.glob(f"{path.stem}.*.tmp"):  # the lock is ours: whoever wrote it is dead
                 stale.unlink(missing_ok=True)
-            with open_stream(url, allow_pipe=allow_pipe) as stream, aside.open("xb") as file:
-                _copy(redact(url), stream, file)
+            with aside.open("xb") as file:
+                _copy(url, file, allow_pipe)
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
@@ -137,100 +133,20 @@ def _fetch(url: str, path: Path, wait: bool, allow_pipe: bool) -> None:
             aside.unlink(missing_ok=True)
 
 
-class _Guarded:
-    """The bytes of a tar on their way to webdataset, each header checked before tarfile sees it.
+def _copy(url: str, file: BinaryIO, allow_pipe: bool) -> None:
+    """Writes the members that gandist knows to a tar of their own; raises InputError."""
 
-    tarfile takes a damaged header for the end of the archive, reads members and names of any size into memory, and unfolds
-    what is compressed; webdataset passes over links in silence.
-    """
+    def known(suffix: str) -> bool:
+        return suffix in ROLES or suffix_of(suffix) in ENCODED
 
-    def __init__(self, where: str, stream: BinaryIO) -> None:
-        self._where, self._stream = where, stream
-        self._at, self._left, self._empty = 0, 0, 0
-        self._head = b""
-        self._extended: bytearray | None = None  # the PAX header that is passing
-        self.fault: InputError | None = None
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        try:
-            self._follow(data)
-        except ValueError as error:
-            self.fault = InputError(f"{self._where}: at byte {(self._at - 1) // BLOCK * BLOCK}: {error}")
-            raise self.fault from None
-        return data
-
-    def finish(self) -> None:
-        """Reads what follows the last member; raises InputError where the tar is not complete."""
-        while self.read(1 << 20):
-            pass
-        if self._empty < 2 or self._left or self._head:
-            raise InputError(
-                f"{self._where}: a tar ends with two empty blocks, and this one is cut off at byte {self._at}"
-            )
-
-    def _follow(self, data: bytes) -> None:
-        place = 0
-        while place < len(data):
-            take = min(self._left or BLOCK - len(self._head), len(data) - place)
-            piece = data[place : place + take]
-            place, self._at = place + take, self._at + take
-            if self._left:
-                self._left -= take
-                if self._extended is not None:
-                    self._extended += piece
-                    if re.search(rb"\d (size|GNU[.]sparse[^=]*)=", self._extended):
-                        raise ValueError("a PAX header with a size of its own, or of a sparse file, which is refused")
-                continue
-            self._head += piece
-            if len(self._head) == BLOCK:
-                self._begin(self._head)
-                self._head = b""
-
-    def _begin(self, head: bytes) -> None:
-        if not any(head):
-            self._empty += 1
-            if self._empty > _MAX_EMPTY:
-                raise ValueError("more than a MiB of empty blocks; a tar ends with two, padded to its blocking factor")
-            return
-        if self._empty:
-            raise ValueError("other bytes stand behind the end of the tar; it is damaged")
-        if self._at == BLOCK and head.startswith(_COMPRESSED):
-            raise ValueError("not an uncompressed tar; unpack it, and pack its shards as plain .tar")
-        try:
-            info = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise ValueError(f"not a complete uncompressed tar: {error}") from None
-        plain, extended = info.type in _PLAIN, info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE)
-        if not (plain or extended or info.isdir() or info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)):
-            raise ValueError(f"{info.name!r} is not a plain file; links, devices and sparse files are refused")
-        if not 0 <= info.size <= (MAX_MEMBER if plain else _MAX_HEADER):
-            raise ValueError(f"a member or header of {info.size} bytes; the limit is {MAX_MEMBER}")
-        self._left = 0 if info.isdir() else -(-info.size // BLOCK) * BLOCK
-        self._extended = bytearray() if extended else None
-
-
-def _copy(where: str, stream: BinaryIO, file: BinaryIO) -> None:
-    """Writes the members that gandist knows, as webdataset reads them from the stream; raises InputError."""
-    guarded, written = _Guarded(where, stream), 0
-    try:
-        with TarWriter(file, encoder=False, mtime=0, keep_meta=True) as tar:
-            for member in tar_file_expander([{"url": where, "stream": guarded}], eof_value=None):
+    written = 0
+    with TarWriter(file, encoder=False, mtime=0, keep_meta=True) as tar:
+        for member in members_of(url, allow_pipe, known):
+            if member:
                 key, suffix = base_plus_ext(member["fname"])
-                if key is None:
-                    raise ValueError(f"{member['fname']!r} has no suffix; members are named KEY.SUFFIX")
-                if suffix.lower() in ROLES or suffix_of(suffix) in ENCODED:
-                    written += tar.write({"__key__": key, suffix: member["data"]})
-        guarded.finish()
-        if not written:
-            raise InputError(f"{where}: holds no samples: no member ends with one of {', '.join(ROLES)}")
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        if guarded.fault or isinstance(error, InputError):
-            raise guarded.fault or error from None
-        # webdataset appends what it was reading to the arguments
-        raise InputError(
-            f"{where}: not a complete uncompressed tar: {error.args[0] if error.args else error}"
-        ) from None
+                written += tar.write({"__key__": key, suffix: member["data"]})
+    if not written:
+        raise InputError(f"{redact(url)}: holds no samples: no member ends with one of {', '.join(ROLES)}")
 
 
 class _Shard:
