@@ -281,7 +281,8 @@ def test_a_local_shard_that_is_deleted_stops_all_ranks_and_back_again_the_run_go
     recipe: Callable, many: Path, undisturbed: Callable, tmp_path: Path, order: str
 ) -> None:
     shard, aside, note = many / LOST, tmp_path / "aside", tmp_path / "note"
-    base = ("train", recipe(data=many), IMAGES, *ORDERS[order])
+    # A picture a step slows the run down, so that it does not end before the shard is gone.
+    base = ("train", recipe(data=many), IMAGES, *ORDERS[order], "run.sample_images=16")
     expected = undisturbed(order, base)
     process = start(*base, ranks=2, GANDIST_EXIT_FILE=str(note))
     try:

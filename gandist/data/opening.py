@@ -23,7 +23,7 @@ def refuse_secrets(options: DataOptions) -> None:
     """Raises InputError for a URL with a password or a signature: recipes are written into logs, trackers and checkpoints."""
     if redact(options.path) != options.path:
         raise InputError(
-            f"`data.path`: {redact(options.path)}: a recipe is copied into logs and checkpoints, and this URL holds a credential; "
+            f"{redact(options.path)}: a recipe is copied into logs and checkpoints, and this URL holds a credential; "
             "put it into the environment (AWS_…, GOOGLE_…) or ~/.netrc"
         )
 
@@ -40,7 +40,7 @@ def open_reader(options: DataOptions) -> Reader:
     if dataset.shard_store.local is None and options.shuffle == "window":
         shards = Cache(dataset.shard_store, folder / dataset.digest[:16] / "shards", int(options.cache_gib * 2**30))
     if options.cache is not None and indexes is None and shards is None:
-        raise InputError(f"`data.cache`: has no effect, since {options.path} is local; leave it out")
+        raise ValueError(f"`cache` has no effect, since {options.path} is local; leave it out")
     return Reader(dataset, options.split, indexes=indexes, shards=shards)
 
 

@@ -88,7 +88,12 @@ def members_of(
 
 def samples_of(urls: Sequence[str], allow_pipe: bool, buffer: int = 1, seed: int = 0) -> Iterator[dict[str, Any]]:
     """The samples of shards, by webdataset's own grouping and shuffling: `__key__`, `__url__` and bytes by suffix."""
-    stages: list[Any] = [(member for url in urls for member in members_of(url, allow_pipe)), group_by_keys]
+
+    def found() -> Iterator[dict[str, Any]]:
+        for url in urls:
+            yield from members_of(url, allow_pipe)
+
+    stages: list[Any] = [found, group_by_keys]
     if buffer > 1:
         stages.append(shuffle(buffer, initial=buffer, rng=random.Random(seed)))
     try:
@@ -103,7 +108,7 @@ def locations(options: DataOptions) -> list[str]:
     """The shards that `data.path` stands for; raises InputError."""
     urls = expand(options.path)
     if len(set(urls)) < len(urls):
-        raise InputError("`data.path`: names a shard twice; each counts once")
+        raise InputError("names a shard twice; each counts once")
     return urls
 
 
@@ -118,9 +123,9 @@ def stored_spec(options: DataOptions, allow_pipe: bool = False) -> Spec:
     try:
         sample = next(samples_of([first], allow_pipe), None)
     except Failure as failure:
-        raise InputError(f"`data.path`: {failure}") from None
+        raise InputError(str(failure)) from None
     if sample is None:
-        raise InputError(f"`data.path`: {redact(first)} holds no samples")
+        raise InputError(f"{redact(first)} holds no samples")
     image, signal = None, None
     suffix = next((suffix for suffix in sample if ROLES.get(suffix) == "image"), None)
     try:
@@ -133,10 +138,10 @@ def stored_spec(options: DataOptions, allow_pipe: bool = False) -> Spec:
         else:
             raise ValueError("has neither an image nor a signal")
     except ValueError as error:
-        raise InputError(f"`data.path`: {redact(first)}: sample {sample['__key__']!r} {error}") from None
+        raise InputError(f"{redact(first)}: sample {sample['__key__']!r} {error}") from None
     label = LabelSpec(classes=options.classes) if options.classes is not None and "cls" in sample else None
     if options.classes is not None and label is None:
-        raise InputError("`data.classes`: the samples have no labels; leave it out")
+        raise ValueError("`classes`: the samples have no labels; leave it out")
     return Spec(samples=None, image=image, label=label, signal=signal)
 
 
