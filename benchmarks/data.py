@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,12 @@ def write(folder: Path, size: int, suffix: str, samples: int) -> None:
     index([str(path) for path in sorted(folder.glob("*.tar"))])
 
 
-def open_stream(folder: Path, workers: int = 0, parts: tuple[str, ...] = ("image", "label")) -> Stream:
+def open_stream(
+    folder: Path, workers: int = 0, parts: tuple[str, ...] = ("image", "label"), batch: int = BATCH
+) -> Stream:
     """A stream on the CPU."""
     options = DataOptions(path=str(folder), workers=workers)
-    return Stream(open_reader(options), options, parts=parts, batch=BATCH, seed=0, device=torch.device("cpu"))
+    return Stream(open_reader(options), options, parts=parts, batch=batch, seed=0, device=torch.device("cpu"))
 
 
 def plain(folder: Path, size: int) -> Iterator[Any]:
@@ -111,6 +114,14 @@ class Take:
         """Loads the next draw."""
         loaded = self.stream.load(self.draw)
         assert not loaded.faults, loaded.faults
+        self.draw += 1
+
+    def waiting(self) -> None:
+        """Waits for the next draw of the threads, and has them begin on those after it."""
+        for ahead in range(self.draw, self.draw + 4):
+            self.stream._ask(ahead)
+        assert not self.stream._wait(self.draw).faults
+        del self.stream._pending[self.draw]
         self.draw += 1
 
     def as_training(self) -> None:
@@ -165,9 +176,9 @@ def pace_of_pipelines(folder: Path, rounds: int) -> dict[str, Any]:
     return found
 
 
-def pace_of_reads(folder: Path, rounds: int) -> dict[str, Any]:
+def pace_of_reads(folder: Path, rounds: int, size: int) -> dict[str, Any]:
     """An epoch of raw arrays against bare positioned reads of the same bytes, thrown away or kept in a batch's memory."""
-    taken = Take(open_stream(folder / "raw-64", parts=("image",)))
+    taken = Take(open_stream(folder / "raw-64", parts=("image",), batch=size))
     reader = taken.stream.reader
     numbers = np.random.default_rng(0).permutation(len(reader)).astype(np.uint64)
     places = []
@@ -176,7 +187,7 @@ def pace_of_reads(folder: Path, rounds: int) -> dict[str, Any]:
         places.append(
             (reader._file(shard), opened.size["image"][place], opened.offset[place] + opened.start["image"][place])
         )
-    batches = [places[first : first + BATCH] for first in range(0, len(places) - BATCH, BATCH)]
+    batches = [places[first : first + size] for first in range(0, len(places) - size, size)]
 
     def thrown_away(turn: list[int] = [0]) -> None:  # noqa: B006 - the state is wanted
         turn[0] += 1
@@ -186,24 +197,54 @@ def pace_of_reads(folder: Path, rounds: int) -> dict[str, Any]:
     def kept(turn: list[int] = [0]) -> None:  # noqa: B006
         turn[0] += 1
         batch = batches[turn[0] % len(batches)]
-        rows: Any = np.empty((BATCH, batch[0][1]), np.uint8)
+        rows: Any = np.empty((size, batch[0][1]), np.uint8)
         for row, (file, _, start) in zip(rows, batch, strict=True):
             os.preadv(file, (row,), start)
 
-    data = os.urandom(places[0][1])
-
-    def digests() -> None:
-        for _ in range(BATCH):
-            xxhash.xxh3_64_intdigest(data)
-
-    times = in_turns(
-        {"stream": taken.at_once, "thrown away": thrown_away, "kept": kept, "digests": digests}, rounds, 30
-    )
+    contestants: dict[str, Callable[[], object]] = {"stream": taken.at_once, "thrown away": thrown_away, "kept": kept}
+    times = in_turns(contestants, rounds, 2000 // size)
     return {
-        "images_per_second": {k: BATCH / statistics.median(v) for k, v in times.items()},
+        "images_per_second": {k: size / statistics.median(v) for k, v in times.items()},
         "share_of_reads_kept": ratio(times["kept"], times["stream"]),
         "share_of_reads_thrown_away": ratio(times["thrown away"], times["stream"]),
     }
+
+
+class Draws(torch.utils.data.Dataset[Any]):
+    """Draws as the map-style dataset that PyTorch's DataLoader divides over processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.stream = folder, None
+
+    def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
+        if self.stream is None:
+            self.stream = open_stream(self.folder)  # type: ignore[assignment]
+        assert self.stream is not None
+        return self.stream.load(draw).parts
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+
+def threads_and_processes(folder: Path, rounds: int) -> dict[str, Any]:
+    """Images a second as uint8 batches with background threads, and with PyTorch's worker processes, by format."""
+    found = {}
+    for name in FORMATS:
+        path = folder / name.replace(" ", "-")
+        contestants: dict[str, Callable[[], object]] = {}
+        closing: list[Stream] = []
+        for threads in (1, 2):
+            taken = Take(open_stream(path, workers=threads))
+            contestants[f"{threads} threads"] = taken.waiting
+            closing.append(taken.stream)
+        for processes in (1, 2):
+            loader = torch.utils.data.DataLoader(Draws(path), batch_size=None, num_workers=processes, prefetch_factor=4)
+            contestants[f"{processes} processes"] = partial(next, iter(loader))
+        times = in_turns(contestants, rounds, 4 if "256" in name else 24)
+        for stream in closing:
+            stream.close()
+        found[name] = {k: BATCH / statistics.median(v) for k, v in times.items()}
+    return found
 
 
 def cost_of_digests(folder: Path, rounds: int) -> dict[str, float]:
@@ -337,7 +378,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "machine": {"device": processor(), "cores": os.cpu_count()},
         "versions": versions(),
         "pipelines": pace_of_pipelines(folder, arguments.rounds),
-        "reads": pace_of_reads(folder, arguments.rounds),
+        "reads": {str(size): pace_of_reads(folder, arguments.rounds, size) for size in (BATCH, 4 * BATCH)},
+        "workers": threads_and_processes(folder, arguments.rounds),
         "digests": cost_of_digests(folder, arguments.rounds),
         "indexing": pace_of_indexing(folder, arguments.rounds),
         "far_draw": far_draw(folder, min(arguments.rounds, 5)),
@@ -356,14 +398,22 @@ def table(result: dict[str, Any]) -> str:
     for name, row in result["pipelines"].items():
         pace = [f"{value:,.0f}" for value in row["images_per_second"].values()]
         lines.append(
-            f"| {name} | {pace[0]} | {pace[1]} | {row['ratio']:.1f} | {pace[2]} | {row['ratio_two_threads']:.1f} |"
+            f"| {name} | {pace[0]} | {pace[1]} | {row['ratio']:.2f} | {pace[2]} | {row['ratio_two_threads']:.1f} |"
         )
     reads, indexing, far = result["reads"], result["indexing"], result["far_draw"]
     return "\n".join(
         [
             *lines,
             "",
-            f"raw epoch: {reads['share_of_reads_kept']:.0%} of bare reads into a batch, {reads['share_of_reads_thrown_away']:.0%} of reads thrown away",
+            *(
+                f"raw epoch in batches of {size}: {row['share_of_reads_kept']:.0%} of bare reads into a batch, "
+                f"{row['share_of_reads_thrown_away']:.0%} of reads thrown away"
+                for size, row in reads.items()
+            ),
+            *(
+                f"{name}, images/s of uint8: " + ", ".join(f"{pace:,.0f} with {what}" for what, pace in row.items())
+                for name, row in result["workers"].items()
+            ),
             "digests: "
             + ", ".join(f"{value:.1%} of the data time of {name}" for name, value in result["digests"].items()),
             f"index: {indexing['ratio']:.1f} times tarfile, with a look at every image {indexing['ratio_examine']:.1f}",

@@ -20,6 +20,7 @@ app = typer.Typer(
     name="gandist",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Trains networks that play against each other. On many processes: `accelerate launch … -m gandist train RECIPE`.",
 )
@@ -120,7 +121,7 @@ def pack(
             min=0,
             max=2**63 - 1,
             metavar="SEED",
-            help="the order in the shards, and the division into splits  [default: 0]",
+            help="the order in the shards, and the division into splits (0 unless given)",
         ),
     ] = None,
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="keep the order of the source")] = False,
@@ -132,10 +133,10 @@ def pack(
     ignore: Annotated[
         int, typer.Option(min=-1, max=255, help="the mask value of pixels without a class; -1 for none")
     ] = 255,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes  [default: one a core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes (one a core unless given)")] = None,
     part: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="write the I-th of N parts only, from 1/N to N/N; the last word is --merge"),
+        typer.Option(metavar="I/N", help="write the I-th of N parts only, from 1/N to N/N; finish with --merge"),
     ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="when all parts are written: describe them as one dataset")
@@ -222,7 +223,9 @@ def index(
         typer.Argument(metavar="SHARDS…", help="tars of one folder or URL, written by anybody; braces stand for many"),
     ],
     split: Annotated[str, typer.Option(help="the split that they are")] = "train",
-    out: Annotated[Path | None, typer.Option(help="the folder for the indexes  [default: beside the shards]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the folder for the indexes (beside the shards unless given)")
+    ] = None,
     decode: Annotated[
         bool, typer.Option("--decode", help="decode every image, to find damage that its head does not show")
     ] = False,

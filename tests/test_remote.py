@@ -276,14 +276,13 @@ def test_a_shard_that_goes_off_the_server_stops_all_ranks_and_back_again_the_run
     assert final(tmp_path / "run") == undisturbed(order, base)
 
 
-@pytest.mark.parametrize("order", ["full", "window"])
 def test_a_local_shard_that_is_deleted_stops_all_ranks_and_back_again_the_run_goes_on(
-    recipe: Callable, many: Path, undisturbed: Callable, tmp_path: Path, order: str
+    recipe: Callable, many: Path, undisturbed: Callable, tmp_path: Path
 ) -> None:
     shard, aside, note = many / LOST, tmp_path / "aside", tmp_path / "note"
     # A picture a step slows the run down, so that it does not end before the shard is gone.
-    base = ("train", recipe(data=many), IMAGES, *ORDERS[order], "run.sample_images=16")
-    expected = undisturbed(order, base)
+    base = ("train", recipe(data=many), IMAGES, "run.sample_images=16")
+    expected = undisturbed("full", base)
     process = start(*base, ranks=2, GANDIST_EXIT_FILE=str(note))
     try:
         wait_for_images(tmp_path / "run", 32, process)
@@ -303,6 +302,8 @@ def test_a_local_shard_that_is_deleted_stops_all_ranks_and_back_again_the_run_go
 
 def unreadable(shard: Path) -> None:
     shard.chmod(0)
+    if os.access(shard, os.R_OK):
+        pytest.skip("root reads everything")
 
 
 def emptied(shard: Path) -> None:
@@ -320,11 +321,7 @@ def a_folder(shard: Path) -> None:
         (Path.unlink, "at byte .*: cannot be read: No such file"),
         (emptied, "at byte .*: cut off: 0 of"),
         (a_folder, "at byte .*: cannot be read: Is a directory"),
-        pytest.param(
-            unreadable,
-            "at byte .*: cannot be read: Permission denied",
-            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything"),
-        ),
+        (unreadable, "at byte .*: cannot be read: Permission denied"),
     ],
 )
 @pytest.mark.parametrize("order", ["full", "window"])

@@ -89,8 +89,12 @@ def members_of(
 def samples_of(urls: Sequence[str], allow_pipe: bool, buffer: int = 1, seed: int = 0) -> Iterator[dict[str, Any]]:
     """The samples of shards, by webdataset's own grouping and shuffling: `__key__`, `__url__` and bytes by suffix."""
 
+    reading = ""
+
     def found() -> Iterator[dict[str, Any]]:
+        nonlocal reading
         for url in urls:
+            reading = redact(url)
             yield from members_of(url, allow_pipe)
 
     stages: list[Any] = [found, group_by_keys]
@@ -101,7 +105,7 @@ def samples_of(urls: Sequence[str], allow_pipe: bool, buffer: int = 1, seed: int
     except InputError as error:
         raise Failure(str(error)) from None
     except ValueError as error:  # webdataset's, for a name that stands twice
-        raise Failure(f"{error.args[0]}") from None
+        raise Failure(f"{reading}: {error.args[0]}") from None
 
 
 def locations(options: DataOptions) -> list[str]:
