@@ -11,6 +11,7 @@ from typing import Any
 from gandist.data.dataset import Spec
 from gandist.data.decode import image_shape
 from gandist.data.opening import data_spec, open_reader
+from gandist.data.plain import locations
 from gandist.data.read import BadSample
 from gandist.data.stream import PARTS
 from gandist.game import GAMES, Game
@@ -54,6 +55,10 @@ def contradictions(
             spec = data_spec(data, allow_pipe)
             if data.reader == "index":
                 _check_first(data)
+            elif len(locations(data)) < ranks():
+                raise InputError(
+                    f"{len(locations(data))} shards cannot be divided over {ranks()} processes; use more shards, or fewer processes"
+                )
         except (InputError, Failure) as error:
             spec = None
             source.fault(("data", "path"), str(error))

@@ -6,7 +6,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -147,7 +147,8 @@ def run(*arguments: object, ranks: int = 1, timeout: float = 120, **environment:
     try:
         out, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # ranks have sessions of their own
+            one.kill()
         raise
     return Result(process.returncode, out, out)
 

@@ -167,10 +167,7 @@ class PlainStream:
         allow_pipe: bool = False,
     ) -> None:
         urls = locations(options)
-        if len(urls) < ranks:
-            raise InputError(
-                f"`data.path`: {len(urls)} shards cannot be divided over {ranks} processes; use more shards, or fewer processes"
-            )
+        assert len(urls) >= ranks, (urls, ranks)  # the recipe has been checked
         if any(
             PARTS[part] not in (("labelled", "image"), ("labelled", "label"), ("labelled", "signal")) for part in parts
         ):
@@ -279,6 +276,8 @@ class PlainStream:
             sample = next(samples)
             by_role = {ROLES[s]: (s, data) for s, data in sample.items() if s in ROLES}
             try:
+                if len(by_role) < sum(suffix in ROLES for suffix in sample):
+                    raise ValueError(f"has two members of one role among {', '.join(s for s in sample if s in ROLES)}")
                 for part, array in arrays.items():
                     if part not in by_role:
                         raise ValueError(f"has no {part}")

@@ -150,7 +150,9 @@ class Reader:
             try:
                 data = os.pread(self._file(shard), length, start)
             except OSError as error:
-                self._local.__dict__.get("files", {}).pop(shard, None)  # a handle gone stale is opened anew
+                stale = self._local.__dict__.get("files", {}).pop(shard, None)  # a handle gone stale is opened anew
+                if stale is not None:
+                    os.close(stale)
                 if left == 0:
                     raise Failure(f"{self._name(shard)}: at byte {start}: cannot be read: {error.strerror}") from None
                 time.sleep(PAUSE * 2 ** (TRIES - left))

@@ -374,14 +374,15 @@ class Stream:
         loaded: Loaded,
     ) -> None:
         """The next sound sample in the place of a bad one: the same for whoever meets it, whenever."""
-        for step in range(1, min(MAX_SUBSTITUTES, view.order.length)):
+        tries = min(MAX_SUBSTITUTES, view.order.length)
+        for step in range(1, tries):
             number = int(view.numbers(np.array([(pick + step) % view.order.length], np.uint64))[0])
             (shard,), (place,) = self.reader.locate(np.array([number], np.uint64))
             try:
                 return self._fill(view, view.roles, row, shard, place, arrays, drawn)
             except (BadSample, ValueError) as error:
                 loaded.faults.append(self._fault(number, error))
-        raise Failure(f"{self.reader.dataset.location}: {MAX_SUBSTITUTES} bad samples one after the other")
+        raise Failure(f"{self.reader.dataset.location}: {tries} bad samples one after the other")
 
     def _fill(
         self,
