@@ -32,17 +32,18 @@ def _check_first(data: DataOptions) -> None:
     reader = open_reader(data)
     stored = reader.dataset.spec(data.split)
     try:
-        members = reader.members(0)
+        members = reader.uncached().members(0)
     except BadSample:
         if data.quarantine:
             return  # the stream will meet it, name it and count it
         raise
+    finally:
+        reader.close()
     if stored.image is not None and "image" in members:
         suffix, data_ = members["image"]
         height, width, _ = image_shape(data_, suffix)
         if stored.image.height is not None and (height, width) != (stored.image.height, stored.image.width):
             raise InputError(f"{data.path}: its first image is {width}×{height}, and dataset.json says otherwise")
-    reader.close()
 
 
 def contradictions(

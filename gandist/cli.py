@@ -266,9 +266,9 @@ def verify(
     """Check a dataset or a checkpoint to the last byte; exit code 1 names the fault."""
     from gandist import checkpoint
     from gandist.data.dataset import NAME, Dataset
-    from gandist.data.storage import is_remote
+    from gandist.data.storage import Store, is_remote
 
-    path = Path(where)
+    path = Path(where) if is_remote(where) else Store.at(where).local or Path(where)
     if is_remote(where) or (path / NAME).exists():
         try:
             dataset = Dataset(where)

@@ -14,7 +14,7 @@ from gandist.data.opening import open_reader
 from gandist.data.stream import PARTS, Batch, Stream
 from gandist.game import Game
 from gandist.log import grid, save_png
-from gandist.recipe import InputError, Recipe
+from gandist.recipe import Failure, InputError, Recipe
 
 SHOWN = 64
 
@@ -36,12 +36,13 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
     if recipe.data.reader != "index":
         raise InputError("`data.reader`: webdataset has no keys to tell beforehand; `inspect` needs the index reader")
     assert isinstance(recipe.game, Game)
-    reader = open_reader(recipe.data)
+    readers = [open_reader(recipe.data) for _ in range(world_size)]
+    reader = readers[0].uncached()
     roles = reader.dataset.spec(recipe.data.split).roles
     parts = {*recipe.game.parts, *(role for role in roles if PARTS[role].role == role)}
     streams = [
         Stream(
-            reader,
+            readers[rank],
             recipe.data,
             parts=sorted(parts),
             batch=recipe.run.batch,
@@ -56,6 +57,10 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
     try:
         for draw in range(int(match[1]), int(match[2])):
             for rank, stream in enumerate(streams):
+                for fault in stream.ready([draw]):
+                    if fault.number < 0 or not recipe.data.quarantine:
+                        raise Failure(fault.message)
+                    yield f"bad sample {fault.number}, whose place another takes: {fault.message}"
                 for batch in stream.read(draw):
                     for view, numbers in _views(batch).items():
                         keys = " ".join(reader.key(number) for number in numbers)

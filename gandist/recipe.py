@@ -138,6 +138,10 @@ class DataOptions(Section):
         if "window_shards" in given and self.shuffle != "window":
             raise ValueError("`window_shards` has no effect without `shuffle: window`")
         indexed, streamed = {"split", "shuffle", "subset", "quarantine", "cache", "cache_gib"}, {"classes", "buffer"}
+        if self.reader == "webdataset" and self.workers == 0:
+            raise ValueError(
+                "`workers` 0 has no effect with `reader: webdataset`, which streams in threads; use 1 or more"
+            )
         for name in sorted((indexed if self.reader == "webdataset" else streamed) & given):
             raise ValueError(f"`{name}` has no effect with `reader: {self.reader}`")
         return self

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import struct
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -245,3 +248,93 @@ def test_what_dataset_json_says_is_what_the_shards_hold(photos: Path, tmp_path: 
     assert manifest["counts"]["train"]["labels"] == [30, 30, 30]
     assert manifest["source"]["shuffle"] == 3
     assert [shard["samples"] for shard in manifest["splits"]["train"]] == [32, 32, 26]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_masks_of_any_depth_hold_the_numbers_that_were_stored(tmp_path: Path, mode: str, depth: int) -> None:
+    classes = np.random.default_rng(depth).integers(0, min(2**depth, 200), (12, 20), np.uint8)
+    for folder in ("images", "masks"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    Image.new("RGB", (20, 12)).save(tmp_path / "in" / "images" / "a.png")
+    (tmp_path / "in" / "masks" / "a.png").write_bytes(grey_or_palette(classes, depth, mode))
+    packed(tmp_path / "in", tmp_path / "out", ignore=None)
+    stream = open_stream(tmp_path / "out", parts=("mask",), batch=1)
+    assert np.array_equal(stream.load(0).parts["mask"][0].numpy(), classes)
+    assert stream.spec.mask.classes == classes.max() + 1
+    stream.close()
+
+
+def grey_or_palette(classes: np.ndarray, depth: int, mode: str) -> bytes:
+    """A PNG of so many bits a pixel, which Pillow itself would not write."""
+    rows = np.unpackbits(classes[:, :, None], axis=2)[:, :, 8 - depth :].reshape(len(classes), -1)
+    packed_rows = np.packbits(rows, axis=1)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", classes.shape[1], classes.shape[0], depth, 0 if mode == "L" else 3, 0, 0, 0)
+    palette = chunk(b"PLTE", bytes(n * 37 % 256 for n in range(3 << depth))) if mode == "P" else b""
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed_rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_labels_and_masks_of_a_table_keep_their_own_classes_and_names(gandist: Callable, tmp_path: Path) -> None:
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        Image.fromarray(np.full((8, 8), number % 3, np.uint8)).save(tmp_path / f"m{number}.png")
+    rows = [f"{n}.png,{('eel', 'ape', 'cat', 'dog', 'bee')[n % 5]},m{n}.png" for n in range(6)]
+    (tmp_path / "t.csv").write_text("path,label,mask\n" + "\n".join(rows) + "\n")
+    assert gandist("pack", tmp_path / "t.csv", tmp_path / "out", "--names", "sky,sea,land").code == 0
+    manifest = Dataset(tmp_path / "out").manifest
+    assert (manifest.label.classes, manifest.label.names) == (5, ("ape", "bee", "cat", "dog", "eel"))
+    assert (manifest.mask.classes, manifest.mask.names) == (3, ("sky", "sea", "land"))
+    assert manifest.counts["train"].labels == (1, 1, 1, 1, 2)
+
+
+def test_an_image_that_exif_turns_away_from_its_mask_is_refused(gandist: Callable, tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    Image.new("L", (10, 10)).save(tmp_path / "in" / "masks" / "a.png")
+    for orientation, code in ((3, 2), (1, 0)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (10, 10)).save(tmp_path / "in" / "images" / "a.jpg", exif=exif)
+        result = gandist("pack", tmp_path / "in", tmp_path / f"out{orientation}")
+        assert result.code == code, result.err
+        assert code == 0 or "is turned by its EXIF, and its mask is not" in result.err
+
+
+def test_masks_of_0_and_255_are_not_taken_for_one_class_in_silence(gandist: Callable, tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    Image.new("RGB", (10, 10)).save(tmp_path / "in" / "images" / "a.png")
+    Image.fromarray(np.eye(10, dtype=np.uint8) * 255).save(tmp_path / "in" / "masks" / "a.png")
+    assert "one class is left" in gandist("pack", tmp_path / "in", tmp_path / "out").err
+
+
+def test_a_shard_of_which_all_is_bad_is_passed_over_with_the_rest(gandist: Callable, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(5):
+        Image.new("L", (8, 8)).save(tmp_path / "in" / f"{number}.png")
+    (tmp_path / "in" / "2.png").write_bytes(b"no")
+    result = gandist("pack", tmp_path / "in", tmp_path / "out", "--bad", "skip", "--shard-samples", 1, "--no-shuffle")
+    assert result.code == 0, result.err
+    assert "4 samples in 4 shards, 1 bad files passed over" in result.out
+    assert len([*(tmp_path / "out").glob("*.tar")]) == 4
+
+
+def test_a_picture_with_a_thousand_damaged_entries_does_not_hang_its_process(photos: Path, tmp_path: Path) -> None:
+    """Pillow warns of each entry; a pipe that nobody reads would be full."""
+    entries = b"".join(struct.pack("<HHII", 0x9000 + n, 4, 1 << 31, n * 8) for n in range(1500))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 1500) + entries + bytes(4)
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "JPEG")
+    data = stream.getvalue()
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        head = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(head + data[2:])
+    result = run("pack", tmp_path / "in", tmp_path / "out", "--workers", 2, "--shard-samples", 1, timeout=60)
+    assert result.code in (0, 2), result.out
+    assert len(result.out) < 5000

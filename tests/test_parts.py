@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -191,6 +192,7 @@ def test_a_run_writes_down_which_samples_its_labels_come_from(
         ("data.window_shards=4", "no effect without `shuffle: window`"),
         ("data.buffer=10", "no effect with `reader: index`"),
         ("data.cache=here", "is local; leave it out"),
+        ("data.cache_gib=1", "`cache_gib` has no effect"),
         ("data.subset={per_class: 2000}", "asks for 2000"),
         ("data.split=tset", "is not a split"),
     ],
@@ -210,7 +212,7 @@ def test_photos_of_several_sizes_train_when_they_are_cropped(scenes: Path, recip
     assert gandist("train", path, "data.transform={size: 20, crop: 16}").code == 0
 
 
-def test_two_processes_train_on_windows_as_one_does(fashion: Path, recipe: Callable, tmp_path: Path) -> None:
+def test_inspect_shows_windows_alike_for_one_process_and_two(fashion: Path, recipe: Callable, tmp_path: Path) -> None:
     found = []
     for name, ranks in (("one", 1), ("two", 2)):
         result = run(
@@ -228,3 +230,30 @@ def test_two_processes_train_on_windows_as_one_does(fashion: Path, recipe: Calla
         )
         assert Image.open(tmp_path / f"{name}.png").size
     assert found[0] == found[1]
+
+
+def test_unlabelled_images_of_another_size_are_refused_and_of_the_same_are_moved_alike(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(0, 256, (20, 12, 12), np.uint8))
+    packed(tmp_path / "x.npz", tmp_path / "x")
+    with pytest.raises(ValueError, match="gives images of another size"):
+        open_stream(tmp_path / "x", batch=4, transform={"crop": 8}, unlabelled_transform={"flip": True})
+    stream = open_stream(
+        tmp_path / "x",
+        parts=("image", "unlabelled"),
+        batch=4,
+        transform={"crop": 8},
+        unlabelled_transform={"crop": 8, "flip": True},
+    )
+    (batch,) = stream.read(0)
+    assert batch["image"].shape == batch["unlabelled"].shape == (4, 1, 8, 8)
+    stream.close()
+
+
+def test_readers_leave_no_file_open(fashion: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        stream = open_stream(fashion, batch=64, workers=3)
+        for draw in range(5):
+            stream.read(draw)
+        stream.close()
+    assert len(os.listdir("/proc/self/fd")) <= before + 3  # memory maps of indexes have no descriptors

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -344,3 +345,54 @@ def test_whatever_befalls_a_shard_its_samples_alone_are_lost_with_its_name(
         else:
             stream.read(draw)
     stream.close()
+
+
+def shards_held(paths: list[Path], size: int) -> set[int]:
+    """The files of a shard's size, by inode: a file that was removed takes room until it is closed."""
+    found = set()
+    for path in paths:
+        with suppress(OSError):
+            if path.stat().st_size == size:
+                found.add(path.stat().st_ino)
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"subset": {"per_class": 2}}], ids=["all", "subset"])
+def test_the_cache_of_windows_stays_within_its_bound_deleted_files_included(
+    site: Site, tmp_path: Path, options: dict
+) -> None:
+    folder = small(tmp_path, 400, 10)
+    url = site.serve(folder)
+    shard = (folder / "train-000000.tar").stat().st_size
+    limit = 5 * shard / 2**30
+    parts = ("label", "unlabelled") if options else ("image", "label")
+    stream = open_stream(url, parts=parts, batch=20, shuffle="window", window_shards=2, cache=str(tmp_path / "cache"),
+                         cache_gib=limit, **options)  # fmt: skip
+    most = 0
+    for draw in range(40):
+        stream.read(draw)
+        held = shards_held([*Path("/proc/self/fd").iterdir(), *(tmp_path / "cache").rglob("*.tar")], shard)
+        most = max(most, len(held))
+    stream.close()
+    assert most <= 7  # five on disk, and two that a thread is about to let go of
+    with pytest.raises(ValueError, match="cannot hold two windows of 2 shards"):
+        open_stream(url, batch=20, shuffle="window", window_shards=2, cache=str(tmp_path / "c2"), cache_gib=limit / 2)
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_anew(site: Site, tmp_path: Path) -> None:
+    url = site.serve(small(tmp_path, 40, 10))
+    settings = {"shuffle": "window", "window_shards": 2, "cache": str(tmp_path / "cache")}
+
+    def images() -> bytes:
+        stream = open_stream(url, batch=40, workers=0, **settings)
+        loaded = stream.load(0)
+        stream.close()
+        assert not loaded.faults, loaded.faults
+        return bytes(loaded.parts["image"].numpy())
+
+    whole = images()
+    for path in [*(tmp_path / "cache").rglob("*.tar"), *(tmp_path / "cache").rglob("*.idx")]:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+        path.write_bytes(data)
+    assert images() == whole

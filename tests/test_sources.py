@@ -678,7 +678,7 @@ def claims(path: Path, kind: bytes, size: int) -> None:
         (partial(claims, kind=tarfile.REGTYPE, size=8 << 30), "the limit is"),
         (partial(claims, kind=tarfile.GNUTYPE_LONGNAME, size=50 << 30), "the limit is"),
         (partial(claims, kind=tarfile.GNUTYPE_SPARSE, size=0), "sparse"),
-        (lambda p: tar(p, {"a": b"", "a.png": b""}), "has no suffix"),
+        (lambda p: tar(p, {"a": b"", "README": b""}), "holds no samples"),
         (lambda p: tar(p, {"a.txt": b"x"}), "holds no samples"),
         (lambda p: tar(p, {"a.cls": b"0", "b.cls": b"0"}), "no image and no signal"),
     ],

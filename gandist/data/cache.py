@@ -103,6 +103,10 @@ class Cache:
                 total -= found
         return total <= self.bytes_limit
 
+    def forget(self, name: str) -> None:
+        """Removes a file, so that `path` fetches it anew."""
+        (self.folder / name).unlink(missing_ok=True)
+
     def keep(self, names: Collection[str]) -> None:
         """Removes files beyond the limit, those not used for longest first, and never one of `names`, now or later."""
         self._kept = frozenset(names)

@@ -31,6 +31,7 @@ from gandist.data.decode import (
     IMAGE_SUFFIXES,
     check_encoded,
     image_shape,
+    is_turned,
     label_number,
     mask_classes,
     signal_values,
@@ -45,13 +46,13 @@ Pair = tuple[Natural, Natural]
 class Contents(Section):
     """What one shard holds; sizes and shapes are the distinct ones, two at most, since it matters only whether they differ."""
 
-    shard: Shard
-    sizes: tuple[Pair, ...]
-    channels: tuple[Natural, ...]
-    signals: tuple[Pair, ...]
-    labels: tuple[Natural, ...]  # samples by class
-    masked: Natural
-    mask_pixels: tuple[Natural, ...]  # pixels by value
+    shard: Shard | None = None  # none where all that would be in it is damaged
+    sizes: tuple[Pair, ...] = ()
+    channels: tuple[Natural, ...] = ()
+    signals: tuple[Pair, ...] = ()
+    labels: tuple[Natural, ...] = ()  # samples by class
+    masked: Natural = 0
+    mask_pixels: tuple[Natural, ...] = (0,) * 256  # pixels by value
     skipped: tuple[str, ...] = ()
 
 
@@ -83,6 +84,8 @@ def examine(path: Path, *, decode: bool = False, progress: Callable[[int], None]
                         raise ValueError(f"has the label {label}; class numbers are less than {MAX_CLASSES:,}")
                     labels[label] += 1
                 if "mask" in bytes_of:
+                    if "image" in bytes_of and is_turned(bytes_of["image"], sample.members["image"].suffix):
+                        raise ValueError("is turned by its EXIF, and its mask is not; store it upright")
                     classes = mask_classes(bytes_of["mask"], sample.members["mask"].suffix)
                     if classes.shape != size:
                         raise ValueError(f"has a mask of {classes.shape[1]}×{classes.shape[0]} pixels for another size")
@@ -148,13 +151,21 @@ def finish(
     splits: dict[str, list[Contents]],
     source: dict[str, str | int | None],
     *,
-    names: Names = (),
+    given: Names = (),
+    found: Names = (),
     ignore: int | None = 255,
     shards_at: str | None = None,
 ) -> Dataset:
-    """Adds up what all shards hold and writes `dataset.json`, last, so that a folder that has one is complete."""
-    every = [contents for found in splits.values() for contents in found]
-    samples = sum(contents.shard.samples for contents in every)
+    """Adds up what all shards hold and writes `dataset.json`, last, so that a folder that has one is complete.
+
+    `found` are the names of the labels in the source; names `given` by the user are those of the masks where there are any, and
+    else of the labels. Raises InputError.
+    """
+    every = [contents for parts in splits.values() for contents in parts]
+    samples = sum(contents.shard.samples for contents in every if contents.shard)
+    for name, parts in splits.items():
+        if not any(contents.shard for contents in parts):
+            raise InputError(f"{folder}: all of the split {name} is damaged, such as: {parts[0].skipped[0]}")
     labelled = sum(sum(contents.labels) for contents in every)
     masked = sum(contents.masked for contents in every)
     for role, count in (("label", labelled), ("mask", masked)):
@@ -173,13 +184,17 @@ def finish(
     mask = None
     if masked:
         values = [value for value in np.flatnonzero(pixels).tolist() if value != ignore]
-        mask = MaskSpec(classes=_classes(values, names), ignore=ignore, names=_fitting(values, names))
+        if values == [0] and ignore is not None and pixels[ignore]:
+            raise InputError(
+                f"{folder}: the masks hold 0 and {ignore} alone, and {ignore} is ignored: one class is left; "
+                f"write class 1 as 1, or give another --ignore"
+            )
+        mask = MaskSpec(classes=_classes(values, given), ignore=ignore, names=_fitting(values, given))
     label = None
     if labelled:
         classes = [number for contents in every for number in [len(contents.labels) - 1]]
-        label = LabelSpec(
-            classes=_classes(classes, () if mask else names), names=_fitting(classes, () if mask else names)
-        )
+        names = given if given and mask is None else found
+        label = LabelSpec(classes=_classes(classes, names), names=_fitting(classes, names))
     manifest = Manifest(
         source=source,
         image=_image(channels, {size for contents in every for size in contents.sizes}) if channels else None,
@@ -187,8 +202,8 @@ def finish(
         mask=mask,
         signal=SignalSpec(channels=min(signals)[0], length=min(signals)[1]) if signals else None,
         shards_at=shards_at,
-        splits={name: tuple(contents.shard for contents in found) for name, found in splits.items()},
-        counts={name: _counts(found, label, mask) for name, found in splits.items()},
+        splits={name: tuple(c.shard for c in parts if c.shard) for name, parts in splits.items()},
+        counts={name: _counts(parts, label, mask) for name, parts in splits.items()},
     )
     write_atomically(folder / NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
     return Dataset(folder)

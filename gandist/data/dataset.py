@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from gandist.data.decode import MAX_PIXELS, MAX_SIGNAL
+from gandist.data.decode import MAX_CHANNELS, MAX_PIXELS, MAX_SIGNAL
 from gandist.data.index import index_path
-from gandist.data.storage import Store
+from gandist.data.storage import Store, refuse_secrets
 from gandist.recipe import NO_NUL, Failure, InputError, Section, suggestion, wording
 
 NAME = "dataset.json"
@@ -71,7 +72,7 @@ class MaskSpec(Section):
 class SignalSpec(Section):
     """1-D signals: (channels, length) values each."""
 
-    channels: Annotated[int, Field(ge=1, le=4096)]
+    channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
     length: Count
 
     @model_validator(mode="after")
@@ -132,8 +133,9 @@ class Manifest(Section):
     @model_validator(mode="after")
     def _counts_each_shard_once(self) -> Manifest:
         names = [shard.name for shards in self.splits.values() for shard in shards]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is named twice; each shard counts once")
+        name, count = Counter(names).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{name} is named twice; each shard counts once")
         return self
 
     @model_validator(mode="after")
@@ -189,7 +191,12 @@ class Dataset:
                 f"{self.store.name(NAME)}: `{'.'.join(map(str, first['loc']))}`: {wording(first)}"
             ) from None
         self.digest = hashlib.blake2b(text, digest_size=32).hexdigest()
-        self.shard_store = Store.at(self.manifest.shards_at) if self.manifest.shards_at else self.store
+        apart = self.manifest.shards_at
+        if apart is not None:
+            refuse_secrets(apart, f"`{NAME}` says where the shards lie")
+            if self.store.local is None:  # what a stranger publishes must not send anybody's credentials elsewhere
+                raise InputError(f"{self.store.name(NAME)}: `shards_at`: the shards of a remote dataset lie beside it")
+        self.shard_store = Store.at(apart) if apart is not None else self.store
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split; raises InputError when there is no such split."""

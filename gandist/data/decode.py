@@ -6,6 +6,7 @@ import io
 import math
 import struct
 import tokenize
+import warnings
 import zlib
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,9 @@ try:
 except ImportError:
     png_decode = None
 
+# Of a damaged EXIF Pillow tells each entry; what is wrong with an image is said here, in one sentence.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 Pixels = npt.NDArray[np.uint8]
 Bytes = bytes | memoryview
 
@@ -40,6 +44,8 @@ ROLES = {  # what a member is, by its suffix; members of other suffixes are neve
 }
 MAX_PIXELS = 1 << 26
 MAX_SIGNAL = 1 << 24  # values of one signal
+MAX_CHANNELS = 4096  # of one signal
+_SPREAD = {2: 85, 4: 17}
 _GREY_MODES = ("1", "L", "LA")
 _EXIF = b"Exif\0\0"
 
@@ -99,6 +105,8 @@ def signal_values(data: Bytes) -> npt.NDArray[np.float32]:
     """(C, L) view of the values of a signal; raises ValueError."""
     header = npy_header(data)
     shape = _npy_shape(header, "<f4", (2,))
+    if shape[0] > MAX_CHANNELS:
+        raise ValueError(f"has {shape[0]} channels; the limit is {MAX_CHANNELS}")
     if len(data) - len(header) != 4 * math.prod(shape) or math.prod(shape) > MAX_SIGNAL:
         raise ValueError(
             f"holds {len(data) - len(header)} bytes of values for shape {shape}; the limit is {MAX_SIGNAL} values"
@@ -146,6 +154,21 @@ def _fast_head(data: Bytes, suffix: str) -> tuple[int, int, int] | None:
     return _png_head(data) if suffix == "png" else None
 
 
+def is_turned(data: Bytes, suffix: str) -> bool:
+    """Whether EXIF turns or mirrors an image; raises ValueError."""
+    if suffix == "npy" or _fast_head(data, suffix) is not None:
+        return False
+    return _orientation(open_encoded(data, suffix)) != 1
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(f"has damaged EXIF: {error}") from None
+    return found if found in range(1, 9) else 1
+
+
 def open_encoded(data: bytes | memoryview, suffix: str) -> Image.Image:
     """A Pillow image whose header has been read and whose size is within bounds; no pixels are decoded yet."""
     try:
@@ -156,8 +179,9 @@ def open_encoded(data: bytes | memoryview, suffix: str) -> Image.Image:
         raise ValueError(f"is not a {ENCODED[suffix]} image: {error}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"has {image.width}×{image.height} pixels; the limit is {MAX_PIXELS}")
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"has mode {image.mode} (more than 8 bits a channel); convert it to 8 bits first")
+    deep = suffix == "png" and bytes(data[24:25]) == b"\x10"  # Pillow would cut RGB down to 8 bits
+    if deep or image.mode.startswith(("I", "F")):
+        raise ValueError(f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
     return image
 
 
@@ -174,6 +198,8 @@ def image_shape(data: Bytes, suffix: str) -> tuple[int, int, int]:
     if suffix == "npy":
         header = npy_header(data)
         height, width, channels = npy_shape(header)
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"has {width}×{height} pixels; the limit is {MAX_PIXELS}")
         if len(data) - len(header) != height * width * channels:
             raise ValueError(f"holds {len(data) - len(header)} bytes of pixels for shape {(height, width, channels)}")
         return height, width, channels
@@ -182,11 +208,7 @@ def image_shape(data: Bytes, suffix: str) -> tuple[int, int, int]:
         return fast
     image = open_encoded(data, suffix)
     width, height = image.size
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise ValueError(f"has damaged EXIF: {error}") from None
-    if orientation in (5, 6, 7, 8):  # the orientations that lie on their side
+    if _orientation(image) in (5, 6, 7, 8):  # the orientations that lie on their side
         width, height = height, width
     return height, width, channels_of(image)
 
@@ -250,7 +272,9 @@ def mask_classes(data: Bytes, suffix: str) -> Pixels:
     if image.mode not in ("P", "L", "1"):
         raise ValueError(f"has the mode {image.mode}; a mask is a grey or palette PNG of class numbers, not of colours")
     try:
-        return np.asarray(image, dtype=np.uint8)  # of a palette image these are its indices
+        pixels = np.asarray(image, dtype=np.uint8)  # of a palette image these are its indices
+        # Pillow spreads grey values of 2 and 4 bits over 0 … 255; as class numbers they are what was stored.
+        return pixels // _SPREAD[depth] if image.mode == "L" and (depth := data[24]) in _SPREAD else pixels
     except (OSError, SyntaxError) as error:
         raise ValueError(f"cannot be decoded: {error}") from None
 

@@ -84,7 +84,7 @@ def group(shard: Path, found: Iterable[Member]) -> list[Sample]:
         else:
             parsed = key_and_suffix(name)
             if parsed is None:
-                raise refusal(shard, offset, f"{name!r} has no suffix; members are named KEY.SUFFIX")
+                continue  # a README, say
             key, suffix = parsed
             cut, stem = key, key + "."
         role = ROLES.get(suffix)

@@ -12,25 +12,16 @@ from gandist.data import plain
 from gandist.data.cache import Cache
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.read import Reader
-from gandist.data.storage import redact
+from gandist.data.storage import refuse_secrets
 from gandist.data.stream import Batches, Stream, view_spec
-from gandist.recipe import DataOptions, InputError
+from gandist.recipe import DataOptions
 
 INDEX_CACHE = 16 << 30  # bytes of indexes of remote datasets; 40 a sample
 
 
-def refuse_secrets(options: DataOptions) -> None:
-    """Raises InputError for a URL with a password or a signature: recipes are written into logs, trackers and checkpoints."""
-    if redact(options.path) != options.path:
-        raise InputError(
-            f"{redact(options.path)}: a recipe is copied into logs and checkpoints, and this URL holds a credential; "
-            "put it into the environment (AWS_…, GOOGLE_…) or ~/.netrc"
-        )
-
-
 def open_reader(options: DataOptions) -> Reader:
     """The samples of a split; raises InputError where they are not there or not what their index says."""
-    refuse_secrets(options)
+    refuse_secrets(options.path, "a recipe is copied into logs and checkpoints")
     dataset = Dataset(options.path)
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gandist"
     folder = Path(options.cache) if options.cache is not None else default
@@ -41,6 +32,16 @@ def open_reader(options: DataOptions) -> Reader:
         shards = Cache(dataset.shard_store, folder / dataset.digest[:16] / "shards", int(options.cache_gib * 2**30))
     if options.cache is not None and indexes is None and shards is None:
         raise ValueError(f"`cache` has no effect, since {options.path} is local; leave it out")
+    if options.cache_gib != DataOptions.model_fields["cache_gib"].default and shards is None:
+        raise ValueError("`cache_gib` has no effect but with remote shards and `shuffle: window`; leave it out")
+    if shards is not None:
+        largest = sorted((shard.bytes for shard in dataset.shards(options.split)), reverse=True)
+        two = sum(largest[: 2 * options.window_shards])
+        if two > options.cache_gib * 2**30:
+            raise ValueError(
+                f"`cache_gib` {options.cache_gib:g} cannot hold two windows of {options.window_shards} shards "
+                f"({two / 2**30:.3g} GiB); lower `window_shards`, or raise it"
+            )
     return Reader(dataset, options.split, indexes=indexes, shards=shards)
 
 
@@ -67,7 +68,7 @@ def open_batches(
 
 def data_spec(options: DataOptions, allow_pipe: bool = False) -> Spec:
     """What a game gets; raises InputError, and ValueError where the transform does not fit the data."""
-    refuse_secrets(options)
+    refuse_secrets(options.path, "a recipe is copied into logs and checkpoints")
     if options.reader == "webdataset":
         return view_spec(plain.stored_spec(options, allow_pipe), options)
     return view_spec(Dataset(options.path).spec(options.split), options)

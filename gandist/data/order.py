@@ -136,10 +136,8 @@ class Windowed:
             ends = np.cumsum(self.sizes[shards])
             window_ends = ends[[*range(self.window - 1, len(ends) - 1, self.window), len(ends) - 1]]
             found = shards, ends, window_ends
-            self._epochs = {known: value for known, value in self._epochs.items() if abs(known - epoch) <= 1}
-            self._epochs[epoch] = (
-                found  # a whole new dict and one entry: threads may do it twice, and see no half of it
-            )
+            near = {known: value for known, value in self._epochs.items() if abs(known - epoch) <= 1}
+            self._epochs = {**near, epoch: found}  # bound whole: threads may do it twice, and change none in use
         return found
 
     def __call__(self, places: Integers) -> Integers:

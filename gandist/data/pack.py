@@ -11,14 +11,17 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +38,7 @@ from gandist.data.decode import (
     channels_of,
     check_encoded,
     image_shape,
+    is_turned,
     mask_classes,
     open_encoded,
     to_array,
@@ -42,8 +46,10 @@ from gandist.data.decode import (
 from gandist.data.index import index_path
 from gandist.data.order import Permutation
 from gandist.data.sources import Item, Source, Split
+from gandist.data.sources.arrays import npy_bytes
 from gandist.data.sources.open import open_source
-from gandist.data.storage import Store, is_remote
+from gandist.data.storage import Store, is_remote, refuse_secrets
+from gandist.data.transform import resized
 from gandist.recipe import Failure, InputError
 
 LOCK = ".lock"
@@ -129,11 +135,15 @@ class Packing:
         """Understands the source; raises InputError."""
         return open_source(self.source, scratch=self._scratch, allow_pipe=self.allow_pipe)
 
+    def clear_scratch(self) -> None:
+        """Removes the copies of remote shards."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
     def record(self, found: Source) -> dict[str, str | int | None]:
         """What `dataset.json` says of the packing; equal records mean equal shards."""
         digests = {f"digest of {name}": split.digest for name, split in found.splits.items()}
         options = {key: value for key, value in asdict(self.options).items() if key not in ("splits", "names")}
-        shares = ", ".join(f"{name}={share:g}" for name, share in self.options.splits) or None
+        shares = ", ".join(f"{name}={share!r}" for name, share in self.options.splits) or None
         return {**found.record, **digests, **options, "splits": shares, "names": ", ".join(self.options.names) or None}
 
     def jobs(self, found: Source) -> list[Job]:
@@ -162,13 +172,6 @@ def _divide(found: Source, options: Options) -> Iterator[tuple[str, Split, npt.N
             yield part, split, items if options.shuffle is not None else np.sort(items)
 
 
-def npy_bytes(values: npt.NDArray[np.generic]) -> bytes:
-    """A .npy file, version 1.0."""
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
-    return stream.getvalue()
-
-
 def _fitted(image: Image.Image, size: int, fit: str, how: Image.Resampling) -> Image.Image:
     width, height = image.size
     if fit == "crop":
@@ -176,8 +179,8 @@ def _fitted(image: Image.Image, size: int, fit: str, how: Image.Resampling) -> I
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
     if fit == "shorter":
-        scale = size / min(width, height)
-        return image.resize((max(size, round(width * scale)), max(size, round(height * scale))), how)
+        height, width = resized(height, width, size)
+        return image.resize((width, height), how)
     return image.resize((size, size), how)
 
 
@@ -205,6 +208,8 @@ def _members(item: Item, options: Options) -> dict[str, bytes]:
             if suffix in ENCODED:
                 check_encoded(data, suffix)
             size = image_shape(data, suffix)[:2]
+            if is_turned(data, suffix) and any(ROLES[other] == "mask" for other in item.members):
+                raise ValueError("is turned by its EXIF, and its mask is not; store it upright")
             if options.size is not None:
                 suffix, data = "npy", _resized(data, suffix, options)
         elif role == "mask":
@@ -250,17 +255,16 @@ def _write_shard(packing: Packing, job: Job) -> Contents:
                         skipped.append(what)
                         continue
                     tar.write({"__key__": key(number, item.name), **members})
-            if len(skipped) == len(job.items):
-                raise InputError(
-                    f"{packing.source}: all {len(skipped)} items of {job.name} are bad, such as: {skipped[0]}"
-                )
             os.fchmod(file.fileno(), 0o644)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        if len(skipped) == len(job.items):
+            contents = Contents(skipped=tuple(skipped))  # and no tar: a shard holds at least one sample
+        else:
+            aside.replace(path)
+            contents = examine(path).model_copy(update={"skipped": tuple(skipped)})
     finally:
         aside.unlink(missing_ok=True)
-    contents = examine(path).model_copy(update={"skipped": tuple(skipped)})
     write_atomically(_note(path), contents.model_dump_json().encode())
     return contents
 
@@ -274,6 +278,8 @@ def _written(packing: Packing, job: Job) -> Contents | None:
     path = packing.out / job.name
     try:
         contents = Contents.model_validate_json(_note(path).read_bytes())
+        if contents.shard is None:
+            return contents
         sizes_fit = path.stat().st_size == contents.shard.bytes and index_path(path).exists()
     except (OSError, ValidationError):
         return None
@@ -324,6 +330,7 @@ def _done_before(packing: Packing, record: dict[str, str | int | None]) -> Datas
     if not (packing.out / NAME).exists():
         return None
     dataset = Dataset(packing.out)
+    packing.clear_scratch()
     if dataset.manifest.source != record:
         raise InputError(
             f"{packing.out}: holds another dataset ({NAME} tells which); choose another folder or delete that one"
@@ -381,14 +388,13 @@ def _merge(packing: Packing, found: Source, record: dict[str, str | int | None])
         raise InputError(
             f"{packing.out}: {len(missing)} of {len(jobs)} shards are not there, such as {missing[0]}; run the parts that make them"
         )
-    names = packing.options.names or found.names
-    dataset = finish(packing.out, splits, record, names=names, ignore=packing.options.ignore)
+    options = packing.options
+    dataset = finish(packing.out, splits, record, given=options.names, found=found.names, ignore=options.ignore)
     for job in jobs:
         _note(packing.out / job.name).unlink()
-    for file in [*packing.out.glob("*.tmp"), *(packing.out / SCRATCH).glob("*")]:
+    for file in packing.out.glob("*.tmp"):
         file.unlink(missing_ok=True)
-    if (packing.out / SCRATCH).exists():
-        (packing.out / SCRATCH).rmdir()
+    packing.clear_scratch()
     (packing.out / PLAN).unlink()
     return dataset
 
@@ -432,12 +438,17 @@ def _clear(out: Path) -> None:
 
 def _run_parts(packing: Packing, jobs: list[Job], workers: int, progress: Progress) -> None:
     """Each part in a process of its own, by the same command that packs a part on another machine: nothing is pickled."""
+    with ExitStack() as files:
+        words = [files.enter_context(tempfile.TemporaryFile()) for _ in range(workers)]
+        _wait_for_parts(packing, jobs, words, progress)
+
+
+def _wait_for_parts(packing: Packing, jobs: list[Job], words: Sequence[IO[bytes]], progress: Progress) -> None:
+    """Starts a process for each of `words`, files that take what it says: from a pipe nobody would read it meanwhile."""
+    workers = len(words)
     processes = [
         subprocess.Popen(
-            [*_command(packing), "--part", f"{part + 1}/{workers}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*_command(packing), "--part", f"{part + 1}/{workers}"], stdout=subprocess.DEVNULL, stderr=words[part]
         )
         for part in range(workers)
     ]
@@ -453,13 +464,19 @@ def _run_parts(packing: Packing, jobs: list[Job], workers: int, progress: Progre
             if any(process.poll() for process in processes):
                 break
     finally:
+        codes = [process.poll() for process in processes]  # before the others are ended because of one
         for process in processes:
             process.terminate()
-    for process in processes:
-        _, words = process.communicate()
-        if process.returncode > 0:
-            message = words.strip().removeprefix("gandist: ")
-            raise (InputError if process.returncode == 2 else Failure)(message)
+            process.wait()
+    for code, said in zip(codes, words, strict=True):
+        said.seek(0)
+        message = said.read(1 << 20).decode("utf-8", "replace").strip().rpartition("gandist: ")[2]
+        if code is not None and code > 0:
+            raise (InputError if code == 2 else Failure)(message)
+        if code is not None and code < 0:
+            raise Failure(
+                f"a process of the packing was ended by signal {-code}; call again, and it goes on where it was"
+            )
     progress(total, total)
 
 
@@ -491,12 +508,14 @@ def index(
     """
     parents = {shard.rpartition("/")[0] or "." for shard in shards}
     files = [shard.rpartition("/")[2] for shard in shards]
-    doubled = sorted({name for name in files if files.count(name) > 1})
+    doubled = sorted(name for name, count in Counter(files).items() if count > 1)
     if len(parents) != 1:
         raise InputError(f"the shards lie in {len(parents)} folders; a dataset is one folder")
     if doubled:
         raise InputError(f"{doubled[0]}: named twice; each shard counts once")
     (parent,) = parents
+    for shard in shards:
+        refuse_secrets(shard, "the place of the shards is written into dataset.json")
     if is_remote(parent) and out is None:
         raise InputError(f"{parent}: the shards are remote; name a folder for their index with --out")
     folder = out or Path(parent)
@@ -508,7 +527,7 @@ def index(
     for name in sorted(files):
         found.append(_index_one(store, name, folder, decode, progress))
     apart = None if out is None else (parent if is_remote(parent) else str(Path(parent).resolve()))
-    return finish(folder, {split: found}, {"kind": "shards"}, names=names, ignore=ignore, shards_at=apart)
+    return finish(folder, {split: found}, {"kind": "shards"}, given=names, ignore=ignore, shards_at=apart)
 
 
 def _index_one(store: Store, name: str, folder: Path, decode: bool, progress: Callable[[int], None]) -> Contents:

@@ -74,9 +74,7 @@ def members_of(
 
             for member in walk(name, fetch, 1 << 62, check):
                 parsed = key_and_suffix(member.name)
-                if parsed is None:
-                    raise refusal(name, member.offset, f"{member.name!r} has no suffix; members are named KEY.SUFFIX")
-                if wanted(parsed[1]):
+                if parsed is not None and wanted(parsed[1]):
                     data = fetch(member.start, member.size)
                     if len(data) < member.size:
                         raise refusal(name, member.offset, f"{member.name!r} is cut off")
@@ -293,7 +291,14 @@ class PlainStream:
                         found: Any = signal_values(data)
                     else:
                         assert image is not None
+                        if image_shape(data, suffix)[2] > image.channels:
+                            raise ValueError(
+                                "has colours, and the first sample is grey; index the shards, which counts both"
+                            )
                         found = decoded(data, suffix, image.channels)
+                        found = (
+                            np.broadcast_to(found, (*found.shape[:2], image.channels)) if found.shape[2] == 1 else found
+                        )
                         found = drawn.apply(transform, row, found) if moves(transform) else found
                     if found.shape != array.shape[1:]:
                         raise ValueError(f"has shape {found.shape}, and the first sample says {array.shape[1:]}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import tarfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from copy import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from xxhash import xxh3_64_intdigest
 
 from gandist.data.cache import Cache
 from gandist.data.dataset import Dataset, file_digest
-from gandist.data.decode import Pixels
+from gandist.data.decode import ROLES, Pixels
 from gandist.data.index import ABSENT, ShardIndex, digest, index_path, key_and_suffix
 from gandist.data.order import Integers
-from gandist.data.tar import BLOCK
+from gandist.data.tar import check_sum, walk
 from gandist.recipe import Failure, InputError
 
 OPEN_FILES = 64  # of each thread; a thread never closes a file that another one reads
@@ -51,6 +52,9 @@ class Reader:
         self._indexes: list[ShardIndex | None] = [None] * len(self.shards)
         self._images: list[tuple[memoryview, ...] | None] = [None] * len(self.shards)  # for `image_rows`
         self._local = threading.local()
+        self._fetched_anew: set[int] = set()
+        self._handles: list[dict[int, int]] = []  # of every thread, to be closed in the end
+        self._wanted: frozenset[int] | None = None  # shards whose files the cache keeps; handles of others hold disk
         for shard in range(len(self.shards)):
             if self._may_be_stale(shard):
                 self._probe(shard)
@@ -89,6 +93,9 @@ class Reader:
                 assert self._index_cache is not None
                 path = self._index_cache.path(name, self.shards[shard].index_bytes)
                 if file_digest(path) != self.shards[shard].index_digest:
+                    self._index_cache.forget(name)  # the copy may be what is damaged
+                    path = self._index_cache.path(name, self.shards[shard].index_bytes)
+                if file_digest(path) != self.shards[shard].index_digest:
                     raise Failure(f"{store.name(name)}: is not the index that `dataset.json` names; make it anew")
             found = ShardIndex.open(path)
             if (len(found), found.shard_bytes) != (self.shards[shard].samples, self.shards[shard].bytes):
@@ -121,8 +128,21 @@ class Reader:
 
     # ---- bytes
 
+    def _files(self) -> dict[int, int]:
+        """The open files of this thread by shard, without those that the cache has let go."""
+        files: dict[int, int] | None = self._local.__dict__.get("files")
+        if files is None:
+            files = self._local.files = {}
+            self._handles.append(files)
+        wanted = self._wanted
+        if self._local.__dict__.get("wanted") is not wanted:
+            self._local.wanted = wanted
+            for shard in [shard for shard in files if wanted is not None and shard not in wanted]:
+                os.close(files.pop(shard))
+        return files
+
     def _file(self, shard: int) -> int:
-        files: dict[int, int] = self._local.__dict__.setdefault("files", {})
+        files = self._files()
         file = files.get(shard)
         if file is None:
             if len(files) >= OPEN_FILES:
@@ -136,23 +156,26 @@ class Reader:
             file = files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return file
 
+    def uncached(self) -> Reader:
+        """The same samples, read in ranges: for a view that wants a few of each shard, not whole ones."""
+        if self.cache is None:
+            return self
+        other = copy(self)
+        other.cache, other._local, other._handles = None, threading.local(), self._handles
+        return other
+
     def _bytes(self, shard: int, start: int, length: int) -> bytes:
         """Bytes of a shard; raises Failure where they cannot be had."""
         name = self.shards[shard].name
         if start + length > self.shards[shard].bytes:  # before memory is taken for it
-            raise Failure(
-                f"{self.dataset.store.name(index_path(Path(name)).name)}: damaged: it points beyond the shard; "
-                "make it anew with `gandist index`"
-            )
+            raise self._damaged_index(shard)
         if self.store.local is None and self.cache is None:
             return self.store.range(name, start, length)
         for left in reversed(range(TRIES)):
             try:
                 data = os.pread(self._file(shard), length, start)
             except OSError as error:
-                stale = self._local.__dict__.get("files", {}).pop(shard, None)  # a handle gone stale is opened anew
-                if stale is not None:
-                    os.close(stale)
+                self._drop(shard)  # a handle gone stale is opened anew
                 if left == 0:
                     raise Failure(f"{self._name(shard)}: at byte {start}: cannot be read: {error.strerror}") from None
                 time.sleep(PAUSE * 2 ** (TRIES - left))
@@ -162,14 +185,27 @@ class Reader:
             return data
         raise AssertionError("unreachable")
 
+    def _damaged_index(self, shard: int) -> Failure:
+        name = self.dataset.store.name(index_path(Path(self.shards[shard].name)).name)
+        return Failure(
+            f"{name}: damaged: it points beyond the shard, or to what is not there; make it with `gandist index`"
+        )
+
+    def _drop(self, shard: int) -> None:
+        file = self._files().pop(shard, None)
+        if file is not None:
+            os.close(file)
+
     def read(self, shard: int, place: int, roles: Sequence[str]) -> dict[str, Member]:
         """Members of a sample by role; raises BadSample, naming shard and offset, where a digest does not match."""
         index = self._index(shard)
+        for role in roles:
+            if role not in index.size:
+                raise Failure(f"{self._name(shard)}: its samples have no {role}")
+            if (code := index.suffix[role][place]) >= len(index.suffixes) or ROLES[index.suffixes[code]] != role:
+                raise self._damaged_index(shard)
         offset = index.offset[place]
-        try:
-            spans = sorted((index.start[role][place], index.size[role][place], role) for role in roles)
-        except KeyError as missing:
-            raise Failure(f"{self._name(shard)}: its samples have no {missing.args[0]}") from None
+        spans = sorted((index.start[role][place], index.size[role][place], role) for role in roles)
         if any(size == ABSENT for _, size, _ in spans):
             raise BadSample(f"{self._name(shard)}: sample {place} lacks one of {', '.join(roles)}")
         found: dict[str, Member] = {}
@@ -184,6 +220,11 @@ class Reader:
             for start, size, role in spans[first : last + 1]:
                 member = data[start - begin : start - begin + size]
                 if digest(member) != index.digest[role][place]:
+                    if self.cache is not None and shard not in self._fetched_anew:
+                        self._fetched_anew.add(shard)  # the copy may be damaged where the shard is sound
+                        self._drop(shard)
+                        self.cache.forget(self.shards[shard].name)
+                        return self.read(shard, place, roles)
                     raise BadSample(
                         f"{self._name(shard)}: at byte {offset + start}: the {role} is damaged: its digest is not the "
                         "one in the index; `gandist verify` checks the whole dataset"
@@ -211,7 +252,7 @@ class Reader:
             return [*range(len(rows))]
         left = []
         length, preadv, digest_of = rows.shape[1], os.preadv, xxh3_64_intdigest
-        files, columns = self._local.__dict__.setdefault("files", {}), self._images
+        files, columns = self._files(), self._images
         for row, (shard, place, into) in enumerate(zip(shards, places, rows, strict=True)):
             try:
                 known = columns[shard]
@@ -226,7 +267,7 @@ class Reader:
                     or digest_of(into) != digests[place]
                 ):
                     left.append(row)
-            except (OSError, KeyError):
+            except (OSError, KeyError, OverflowError, Failure):  # `read` meets it again, and names it
                 left.append(row)
         return left
 
@@ -238,39 +279,33 @@ class Reader:
         starts = [index.start[r][place] for r in index.roles if index.size[r][place] != ABSENT]
         headers = self._bytes(shard, offset, min(starts))
         try:
-            member = tarfile.TarInfo.frombuf(headers[:BLOCK], "utf-8", "surrogateescape")
-            if member.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-                name = _long_name(member, headers)
-            else:
-                name = member.name
-        except tarfile.HeaderError as error:
-            raise BadSample(f"{self.where(number)}: at byte {offset}: damaged header: {error}") from None
+            check = partial(check_sum, self._name(shard))
+            name = next(walk(self._name(shard), lambda start, size: headers[start : start + size], 1 << 62, check)).name
+        except InputError as error:
+            raise BadSample(f"{self._name(shard)}: a header from byte {offset} on is damaged: {error}") from None
         parsed = key_and_suffix(name)
         return parsed[0] if parsed else name
 
-    def read_ahead(self, shards: Sequence[int]) -> None:
-        """Tells the disk, or the cache, that these shards come next."""
+    def read_ahead(self, shards: Sequence[int], kept: Collection[int]) -> None:
+        """Tells the disk, or the cache, that these shards come next, and that of all only `kept` are still wanted."""
         if self.cache is not None:
+            self._wanted = frozenset(kept)
+            self.cache.keep({self.shards[s].name for s in kept})
             self.cache.prefetch([(self.shards[s].name, self.shards[s].bytes) for s in shards])
         elif self.store.local is not None and hasattr(os, "posix_fadvise"):
             for shard in shards:
                 with suppress(OSError):  # one that is gone is named when it is read
                     os.posix_fadvise(self._file(shard), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def close(self) -> None:
-        """Ends what the caches do in the background."""
+    def stop(self) -> None:
+        """Breaks off what the caches fetch, so that nobody waits for it any longer."""
         for cache in (self._index_cache, self.cache):
             if cache is not None:
                 cache.close()
 
-
-def _long_name(first: tarfile.TarInfo, headers: bytes) -> str:
-    """The name in a GNU or PAX header before a member's own."""
-    data = headers[BLOCK : BLOCK + first.size]
-    if first.type == tarfile.GNUTYPE_LONGNAME:
-        return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    record = next((line for line in data.split(b"\n") if b" path=" in line[:30]), None)
-    if record is not None:
-        return record.partition(b"=")[2].decode("utf-8", "surrogateescape")
-    at = BLOCK + -(-first.size // BLOCK) * BLOCK
-    return tarfile.TarInfo.frombuf(headers[at : at + BLOCK], "utf-8", "surrogateescape").name
+    def close(self) -> None:
+        """Closes every file, of all threads: these must have ended."""
+        self.stop()
+        for files in self._handles:
+            while files:
+                os.close(files.popitem()[1])

@@ -43,6 +43,14 @@ def redact(text: str) -> str:
     return re.sub(r"(://[^\s?]*\?)[^\s'\")]+", r"\1…", text)
 
 
+def refuse_secrets(location: str, why: str) -> None:
+    """Raises InputError for a URL with a password or a signature."""
+    if redact(location) != location:
+        raise InputError(
+            f"{redact(location)}: {why}, and this URL holds a credential; put it into the environment (AWS_…, GOOGLE_…) or ~/.netrc"
+        )
+
+
 def is_remote(location: str) -> bool:
     """Whether `location` is a URL of anything but a local file."""
     return re.match(r"(?!file:)[A-Za-z][\w+.-]*(://|::)", location, re.I) is not None

@@ -29,7 +29,7 @@ from gandist.data.decode import (
 from gandist.data.order import Full, Order, Permutation, Windowed, places_of
 from gandist.data.read import BadSample, Reader
 from gandist.data.transform import Moves, moves, result, values
-from gandist.recipe import DataOptions, Failure, InputError, SubsetOptions, TransformOptions
+from gandist.recipe import DataOptions, Failure, InputError, TransformOptions
 from gandist.seeding import derive
 
 MAX_SUBSTITUTES = 100  # samples tried in the place of a bad one
@@ -109,12 +109,12 @@ class Batches(Protocol):
 
 def view_spec(spec: Spec, options: DataOptions) -> Spec:
     """What a game gets of data that is stored like `spec`; raises ValueError where the transform does not fit it."""
-    image = spec.image
+    image = stored = spec.image
     if image is None and options.transform != TransformOptions():
         raise ValueError("`transform` has no effect on signals; leave it out")
-    if image is not None:
-        image = result(options.transform, image)
-        if options.unlabelled_transform is not None and result(options.unlabelled_transform, image) != image:
+    if stored is not None:
+        image = result(options.transform, stored)
+        if options.unlabelled_transform is not None and result(options.unlabelled_transform, stored) != image:
             raise ValueError("`unlabelled_transform` gives images of another size than `transform`")
     samples = spec.samples
     if options.subset is not None:
@@ -124,28 +124,37 @@ def view_spec(spec: Spec, options: DataOptions) -> Spec:
     return spec.model_copy(update={"image": image, "samples": samples})
 
 
-def choose(reader: Reader, subset: SubsetOptions, classes: int) -> npt.NDArray[np.uint64]:
-    """The samples of a subset: the first of each class in an order of its own; raises InputError where a class has too few.
+def choose(reader: Reader, options: DataOptions, classes: int) -> npt.NDArray[np.uint64]:
+    """The samples of `data.subset`: the first of each class in an order of its own; raises InputError where a class has too few.
 
-    Few labels are read: the walk ends when every class has its number.
+    Labels are read one by one until every class has its number; with a quarantine those that are damaged are passed over.
     """
-    left = [subset.per_class] * classes
-    found: list[int] = []
-    length = len(reader)
+    subset = options.subset
+    assert subset is not None
+    counts = reader.dataset.manifest.counts.get(options.split)
+    known = list(counts.labels) if counts is not None and counts.labels else [subset.per_class] * classes
+    left, found = [subset.per_class] * classes, list[int]()
+    length, ranged = len(reader), reader.uncached()
     permutation = Permutation(length, subset.seed, "subset", 0)
-    for first in range(0, length, 1024):
+    for first in range(0, length if min(known) >= subset.per_class else 0, 1024):
         numbers = permutation(np.arange(first, min(first + 1024, length), dtype=np.uint64))
         for number, shard, place in zip(numbers.tolist(), *reader.locate(numbers), strict=True):
-            label = label_number(reader.read(shard, place, ("label",))["label"][1])
+            try:
+                label = label_number(ranged.read(shard, place, ("label",))["label"][1])
+            except (BadSample, ValueError):
+                if not options.quarantine:
+                    raise
+                continue
             if label < classes and left[label]:
                 left[label] -= 1
                 found.append(number)
         if not any(left):
             return np.array(found, np.uint64)
-    short = next(label for label, missing in enumerate(left) if missing)
+    enough = min(known) >= subset.per_class  # as `dataset.json` says; a damaged label may still be one too few
+    has = [subset.per_class - missing for missing in left] if enough else known
+    short = next(label for label, count in enumerate(has) if count < subset.per_class)
     raise InputError(
-        f"`data.subset`: class {short} has {subset.per_class - left[short]} samples in the split, and `per_class` asks for "
-        f"{subset.per_class}"
+        f"`data.subset`: class {short} has {has[short]} samples in the split, and `per_class` asks for {subset.per_class}"
     )
 
 
@@ -159,6 +168,7 @@ class View:
     items: npt.NDArray[np.uint64] | None  # the samples that the order permutes, where these are not all
     transform: TransformOptions
     image: ImageSpec | None
+    reader: Reader
     header: bytes = b""  # of .npy images that can be read straight into a batch
 
     @property
@@ -178,7 +188,7 @@ class View:
 
 @dataclass
 class Loaded:
-    """A draw as the disk has it, and what went wrong on the way; `fatal` is in place of data."""
+    """A draw as the disk has it, and what went wrong on the way; a fault with the number -1 is in place of data."""
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, list[int]] = field(default_factory=dict)
@@ -216,9 +226,7 @@ class Stream:
         self.rows = range(rank * share, (rank + 1) * share)
         self.micro = share // accumulate
         self.waited = 0.0
-        self.subset = (
-            choose(reader, options.subset, self.spec.label.classes) if options.subset and self.spec.label else None
-        )
+        self.subset = choose(reader, options, self.spec.label.classes) if options.subset and self.spec.label else None
         self.views = self._views(parts)
         self._ahead = max(2, options.workers)
         self._threads = ThreadPoolExecutor(options.workers, "stream") if options.workers else None
@@ -238,7 +246,9 @@ class Stream:
                 unlabelled = name != "labelled" and self.options.unlabelled_transform is not None
                 transform = self.options.unlabelled_transform if unlabelled else self.options.transform
                 assert transform is not None
-                found[name] = View(name, {}, self._order(_PURPOSES[name], items), items, transform, self.spec.image)
+                order = self._order(_PURPOSES[name], items)
+                reader = self.reader if isinstance(order, Windowed) else self.reader.uncached()
+                found[name] = View(name, {}, order, items, transform, self.spec.image, reader)
             found[name].parts[role] = part
         for view in found.values():
             if "image" in view.parts and not moves(view.transform) and view.image is not None and view.image.height:
@@ -256,8 +266,8 @@ class Stream:
     def _header(self, view: View) -> bytes:
         """The .npy header that the images have in common, if they are stored as arrays of the batch's shape."""
         try:
-            shard, place = self.reader.locate(np.zeros(1, np.uint64))
-            member = self.reader.read(shard[0], place[0], ("image",))["image"]
+            shard, place = view.reader.locate(np.zeros(1, np.uint64))
+            member = view.reader.read(shard[0], place[0], ("image",))["image"]
             assert view.image is not None
             wanted = view.image.height, view.image.width, view.image.channels
             if member[0] == "npy" and image_shape(member[1], "npy") == wanted:
@@ -306,7 +316,7 @@ class Stream:
         picks = view.order(places)
         numbers = view.numbers(picks)
         count = len(numbers)
-        image, mask = view.image, view.image
+        image = view.image
         arrays: dict[str, npt.NDArray[np.generic]] = {}
         rows: npt.NDArray[np.uint8] | None = None
         if "image" in view.parts or "mask" in view.parts:
@@ -314,7 +324,6 @@ class Stream:
                 raise Failure(
                     f"{self.reader.dataset.location}: its images differ in size; set `data.transform.crop`, or pack them with --size"
                 )
-            assert mask is not None
             rows = np.empty((count, len(view.header) + image.height * image.width * image.channels), np.uint8)
             arrays["image"] = rows[:, len(view.header) :].reshape(count, image.height, image.width, image.channels)
             if "mask" in view.parts:
@@ -327,7 +336,7 @@ class Stream:
         drawn = None
         if moves(view.transform):
             drawn = Moves.draw(view.transform, places, self.seed, f"transform/{view.name}")
-        shards, locals_ = self.reader.locate(numbers)
+        shards, locals_ = view.reader.locate(numbers)
         missing = self._straight(view, shards, locals_, rows)
         others = view.other_roles
         for row in range(count) if others else sorted(missing):
@@ -337,7 +346,7 @@ class Stream:
                 )
             except (BadSample, ValueError) as error:
                 loaded.faults.append(self._fault(int(numbers[row]), error))
-                self._substitute(view, row, int(picks[row]), arrays, drawn, loaded)
+                numbers[row] = self._substitute(view, row, int(picks[row]), arrays, drawn, loaded)
         for role, part in view.parts.items():
             loaded.parts[part] = torch.from_numpy(arrays[role])
         loaded.numbers[view.name] = numbers.tolist()
@@ -348,7 +357,7 @@ class Stream:
         """Reads images that are stored as the batch wants them; returns the rows that must be read another way."""
         if rows is None or not view.header:
             return set(range(len(shards)))
-        left = set(self.reader.image_rows(shards, places, rows))
+        left = set(view.reader.image_rows(shards, places, rows))
         head = rows[:, : len(view.header)]
         if head.tobytes() != view.header * len(rows):  # some are of another shape, or were not read at all
             left |= set(np.flatnonzero((head != np.frombuffer(view.header, np.uint8)).any(1)).tolist())
@@ -372,14 +381,15 @@ class Stream:
         arrays: dict[str, npt.NDArray[np.generic]],
         drawn: Moves | None,
         loaded: Loaded,
-    ) -> None:
-        """The next sound sample in the place of a bad one: the same for whoever meets it, whenever."""
+    ) -> int:
+        """The next sound sample by number in the place of a bad one, for whoever meets it, whenever; returns which."""
         tries = min(MAX_SUBSTITUTES, view.order.length)
         for step in range(1, tries):
             number = int(view.numbers(np.array([(pick + step) % view.order.length], np.uint64))[0])
             (shard,), (place,) = self.reader.locate(np.array([number], np.uint64))
             try:
-                return self._fill(view, view.roles, row, shard, place, arrays, drawn)
+                self._fill(view, view.roles, row, shard, place, arrays, drawn)
+                return number
             except (BadSample, ValueError) as error:
                 loaded.faults.append(self._fault(number, error))
         raise Failure(f"{self.reader.dataset.location}: {tries} bad samples one after the other")
@@ -395,7 +405,7 @@ class Stream:
         drawn: Moves | None,
     ) -> None:
         """One sample into its row; raises BadSample or ValueError saying what is wrong with it."""
-        members = self.reader.read(shard, place, roles)
+        members = view.reader.read(shard, place, roles)
         if "image" in members:
             member, out = members["image"], arrays["image"][row]
             if drawn is not None:
@@ -445,9 +455,7 @@ class Stream:
                 return
             self._windows[view.name] = windows
             kept = {shard for known in self._windows.values() for window in known for shard in window}
-        if self.reader.cache is not None:
-            self.reader.cache.keep({self.reader.shards[shard].name for shard in kept})
-        self.reader.read_ahead([shard for window in windows for shard in window])
+            self.reader.read_ahead([shard for window in windows for shard in window], kept)
 
     # ---- the loop's side
 
@@ -469,8 +477,11 @@ class Stream:
     def ready(self, draws: Sequence[int]) -> list[Fault]:
         """Waits for these draws and returns what is wrong with them, each fault once."""
         wanted = [draw for draw in draws if draw not in self._recent]
+        began = time.perf_counter()
         for draw in wanted:
             self._ask(draw)
+        if self._threads is None:
+            self.waited += time.perf_counter() - began
         found = [fault for draw in wanted if draw not in self._told for fault in self._wait(draw).faults]
         self._told = set(draws)
         return found
@@ -528,6 +539,7 @@ class Stream:
 
     def close(self) -> None:
         """Ends the background threads."""
+        self.reader.stop()
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
         self.reader.close()

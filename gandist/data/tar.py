@@ -71,16 +71,17 @@ def _number(field: bytes) -> int:
 def _pax(data: bytes) -> dict[str, str]:
     """The records of a PAX header: `LENGTH KEY=VALUE\\n`."""
     records = {}
-    while data:
-        length, space, _ = data[:20].partition(b" ")
-        if not space or not length.isdigit() or not 5 <= int(length) <= len(data):
+    place = 0
+    while place < len(data):
+        length, space, _ = data[place : place + 20].partition(b" ")
+        if not space or not length.isdigit() or not 5 <= int(length) <= len(data) - place:
             raise ValueError("a PAX record without its length")
-        record = data[len(length) + 1 : int(length)]
+        record = data[place + len(length) + 1 : place + int(length)]
         key, equals, value = record[:-1].partition(b"=")
         if not equals or record[-1:] != b"\n":
             raise ValueError("a PAX record without a value")
         records[key.decode()] = value.decode("utf-8", "surrogateescape")
-        data = data[int(length) :]
+        place += int(length)
     return records
 
 

@@ -25,6 +25,8 @@ def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
     """The images that come out; raises ValueError where they cannot."""
     if options.mean is not None and len(options.mean) != image.channels:
         raise ValueError(f"`mean` has {len(options.mean)} values for images of {image.channels} channels")
+    if options.size is not None and image.channels not in (1, 3):
+        raise ValueError(f"`size` resizes images of 1 or 3 channels, and these have {image.channels}")
     height, width = image.height, image.width
     if height is not None and width is not None:
         height, width = resized(height, width, options.size)
