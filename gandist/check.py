@@ -74,6 +74,12 @@ def contradictions(
             source.fault(
                 ("data", "unlabelled_transform"), f"the game {game.kind} reads no unlabelled images; leave it out"
             )
+        whole = bool(_UNLABELLED & set(game.parts))
+        if data is not None and data.subset is not None and data.shuffle == "window" and not whole:
+            source.fault(
+                ("data", "shuffle"),
+                f"window has no effect: the game {game.kind} reads the subset alone, which is read in full; leave it out",
+            )
     if run is not None:
         parts = ranks() * run.accumulate
         if run.batch % parts:

@@ -195,12 +195,13 @@ def test_a_run_writes_down_which_samples_its_labels_come_from(
         ("data.cache_gib=1", "`cache_gib` has no effect"),
         ("data.subset={per_class: 2000}", "asks for 2000"),
         ("data.split=tset", "is not a split"),
+        ("data={path: DATA, shuffle: window, subset: {per_class: 3}}", "window has no effect"),
     ],
 )
 def test_a_setting_that_cannot_be_or_has_no_effect_is_refused(
-    gandist: Callable, recipe: Callable, tmp_path: Path, setting: str, rule: str
+    gandist: Callable, recipe: Callable, fashion: Path, tmp_path: Path, setting: str, rule: str
 ) -> None:
-    result = gandist("train", recipe(), setting)
+    result = gandist("train", recipe(), setting.replace("DATA", str(fashion)))
     assert result.code == 2
     assert rule in result.err
     assert not (tmp_path / "run" / "log.jsonl").exists()
