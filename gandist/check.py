@@ -18,6 +18,7 @@ from gandist.game import GAMES, Game
 from gandist.launcher import ranks
 from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Source, load
 
+MAX_BATCH = 1 << 32  # bytes of the pixels of a batch on one process
 _UNLABELLED = {part for part, source in PARTS.items() if source.view != "labelled"}
 
 
@@ -92,6 +93,14 @@ def contradictions(
             source.fault(
                 ("run", "trackers"), "tensorboard is not installed; `pip install tensorboard`, or leave it out"
             )
+        image = spec.image if spec is not None else None
+        if image is not None and image.height is not None and image.width is not None:
+            share = run.batch // ranks() * image.height * image.width * image.channels
+            if share > MAX_BATCH:
+                source.fault(
+                    ("run", "batch"),
+                    f"{run.batch} images of {image.width}×{image.height} are {share / 2**30:.0f} GiB on each process; use fewer",
+                )
         subset = data is not None and data.subset is not None  # cycles at its own pace, within a batch if need be
         if spec is not None and spec.samples is not None and not subset and run.batch > spec.samples:
             source.fault(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from importlib.metadata import version
@@ -59,7 +61,7 @@ def _bar(what: str) -> Progress:
 def _table(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        print(printable(f"{name:<{width}}  {value}"))
 
 
 def _describe_dataset(dataset: Any) -> None:
@@ -196,7 +198,7 @@ def pack(
         )
         return
     if not made:
-        print(f"{out}: packed already from the same source; nothing to do")
+        print(f"{out}: packed already from the same source (by its names, sizes and some of its bytes); nothing to do")
     _describe_dataset(dataset)
     image = dataset.manifest.image
     if image is None:
@@ -207,7 +209,7 @@ def pack(
 
 def _part(text: str) -> tuple[int, int]:
     number, slash, parts = text.partition("/")
-    if not (slash and number.isdigit() and parts.isdigit() and len(text) < 20):
+    if not (slash and text.isascii() and number.isdigit() and parts.isdigit() and len(text) < 20):
         raise InputError(f"--part {text!r}: must read I/N, such as 1/8")
     return int(number), int(parts)
 
@@ -354,7 +356,7 @@ def inspect(
     from gandist.inspection import inspect as look
 
     for line in look(read_recipe(recipe, overrides or []), draws, world_size, out):
-        print(line)
+        print(printable(line, limit=1 << 24).replace("\n", "\\n"))
 
 
 @app.command()
@@ -405,10 +407,21 @@ def sample(
     print(f"{count} images of {found.folder} (seed {seed}): {paths[0] if len(paths) == 1 else folder}")
 
 
+def printable(text: str, limit: int = 200_000) -> str:
+    """Text of strangers for a terminal: control characters are written out, and what is endless is cut."""
+    shown = "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "replace").decode() for c in text[:limit]
+    )
+    return shown + "…" * (len(text) > limit)
+
+
 def main() -> None:
     """Runs a verb; exit codes: 0 done, 1 failed, 2 the input is at fault, 75 stopped on request with a checkpoint."""
     code: str | int | None = 1
     note = os.environ.get("GANDIST_EXIT_FILE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # one voice a machine
     try:
         app()
@@ -417,13 +430,15 @@ def main() -> None:
     except InputError as error:
         code = 2
         if first:
-            print(f"gandist: {error}", file=sys.stderr)
+            print(printable(f"gandist: {error}"), file=sys.stderr)
     except Failure as error:
-        print(f"gandist: {error}", file=sys.stderr)
+        print(printable(f"gandist: {error}"), file=sys.stderr)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        print(f"gandist: {error.filename}: {error.strerror}", file=sys.stderr)
+        advice = "; free some, and the same command goes on" if error.errno == errno.ENOSPC else ""
+        where = f"{error.filename}: " if error.filename else ""
+        print(printable(f"gandist: {where}{error.strerror}{advice}"), file=sys.stderr)
     finally:
         if first and note:
             Path(note).write_text(str(code))  # launch/node.sh hands it on: launchers exit 1 whatever their ranks return

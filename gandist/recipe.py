@@ -70,7 +70,7 @@ def suggestion(word: str, known: Mapping[str, object] | list[str]) -> str:
 
 
 Side = Annotated[int, Field(ge=1, le=8192)]
-Finite = Annotated[float, Field(strict=False)]
+Finite = Annotated[float, Field(strict=False, ge=-1e6, le=1e6)]
 
 
 class TransformOptions(Section):

@@ -268,3 +268,110 @@ def test_a_shard_named_twice_counts_once(gandist: Callable, fashion: Path, tmp_p
     result = gandist("index", shard, shard)
     assert result.code == 2
     assert "named twice" in result.err
+
+
+def test_links_in_the_folder_to_pack_into_destroy_nothing(gandist: Callable, tmp_path: Path) -> None:
+    png(tmp_path / "in" / "a.png")
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious.txt").write_text("mine")
+    for name, target in ((".lock", "victim"), (".spool", "folder"), (".pack.json", "victim")):
+        out = tmp_path / f"out{name}"
+        out.mkdir()
+        (out / name).symlink_to(tmp_path / target)
+        result = gandist("pack", tmp_path / "in", out)
+        assert result.code == 2
+        assert "is a link" in result.err
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "folder" / "precious.txt").exists()
+
+
+def test_a_name_of_slashes_costs_no_time(gandist: Callable, tmp_path: Path) -> None:
+    import time
+
+    name = b"/" * 65_535
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, len(name) + 1
+    data = info.tobuf(tarfile.GNU_FORMAT) + (name + b"\0").ljust(-(-len(name) // BLOCK) * BLOCK + BLOCK, b"\0")[:65_536]
+    (tmp_path / "s.tar").write_bytes(data + tarfile.TarInfo("x").tobuf() + bytes(2 * BLOCK))
+    began = time.monotonic()
+    assert gandist("index", tmp_path / "s.tar").code == 2
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("verb", [("index", "f.tar", "--out", "ix"), ("pack", "f.tar", "o"), ("verify", "ds")])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
+    gandist: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    png(tmp_path / "in" / "a.png")
+    assert gandist("pack", "in", "ds").code == 0
+    (tmp_path / "ds" / "train-000000.idx").unlink()
+    os.mkfifo(tmp_path / "ds" / "train-000000.idx")
+    os.mkfifo(tmp_path / "f.tar")
+    result = gandist(*verb)
+    assert result.code in (1, 2)
+    assert "plain file" in result.err or "known:" in result.err, result.err
+
+
+def test_exif_that_pillow_cannot_write_again_neither_fails_nor_turns_wrongly(tmp_path: Path) -> None:
+    pixels = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG", exif=exif)
+        height, width, _ = image_shape(stream.getvalue(), "png")
+        out = np.empty((height, width, 3), np.uint8)
+        image_pixels(stream.getvalue(), "png", out)
+        from PIL import ImageOps
+
+        assert np.array_equal(out, np.asarray(ImageOps.exif_transpose(Image.open(stream))))
+
+
+def test_a_strip_of_an_image_is_not_blown_up(gandist: Callable, recipe: Callable, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("L", (20_000, 1)).save(tmp_path / "in" / "strip.png")
+    for number in range(20):
+        Image.new("L", (40, 40)).save(tmp_path / "in" / f"{number}.png")
+    result = gandist("pack", tmp_path / "in", tmp_path / "a", "--size", 128, "--fit", "shorter")
+    assert result.code == 2
+    assert "strip.png would become 2560000×128 pixels" in result.err
+    assert gandist("pack", tmp_path / "in", tmp_path / "b").code == 0
+    result = gandist("train", recipe(data=tmp_path / "b"), "data.transform={size: 128, crop: 16}")
+    assert result.code == 1
+    assert "would become" in result.err
+
+
+def test_names_of_strangers_do_not_reach_the_terminal_raw(gandist: Callable, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for suffix in ("png", "jpg"):
+            info = tarfile.TarInfo(f"a\x1b]0;owned\x07.{suffix}")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    result = gandist("index", tmp_path / "s.tar")
+    assert result.code == 2
+    assert "\x1b" not in result.err
+    assert "\x07" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        (("data.subset={per_class: 1}", "run.batch=2000000000", "run.images=4000000000"), "GiB on each process"),
+        (("data.transform={range: [0, 1e39]}",), "must be at most"),
+    ],
+)
+def test_settings_that_would_take_all_memory_or_overflow_are_refused(
+    gandist: Callable, recipe: Callable, settings: tuple[str, ...], rule: str
+) -> None:
+    result = gandist("train", recipe(), *settings)
+    assert result.code == 2
+    assert rule in result.err
+
+
+def test_names_that_do_not_fit_the_classes_are_refused(gandist: Callable, fashion: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((6, 8, 8), np.uint8), labels=np.arange(6) % 3)
+    np.savez(tmp_path / "y.npz", images=np.zeros((6, 8, 8), np.uint8))
+    assert "2 names for 3 classes" in gandist("pack", tmp_path / "x.npz", tmp_path / "o", "--names", "a,b").err
+    assert "--names has no effect" in gandist("pack", tmp_path / "y.npz", tmp_path / "p", "--names", "a,b").err

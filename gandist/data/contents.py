@@ -189,12 +189,19 @@ def finish(
                 f"{folder}: the masks hold 0 and {ignore} alone, and {ignore} is ignored: one class is left; "
                 f"write class 1 as 1, or give another --ignore"
             )
+        if len(given) > 256:
+            raise InputError(f"{folder}: --names has {len(given)} names; masks have at most 256 classes")
         mask = MaskSpec(classes=_classes(values, given), ignore=ignore, names=_fitting(values, given))
     label = None
     if labelled:
         classes = [number for contents in every for number in [len(contents.labels) - 1]]
         names = given if given and mask is None else found
         label = LabelSpec(classes=_classes(classes, names), names=_fitting(classes, names))
+    named = mask if mask is not None else label
+    if given and named is None:
+        raise InputError(f"{folder}: --names has no effect: there are no labels and no masks")
+    if given and named is not None and len(given) != named.classes:
+        raise InputError(f"{folder}: --names has {len(given)} names for {named.classes} classes")
     manifest = Manifest(
         source=source,
         image=_image(channels, {size for contents in every for size in contents.sizes}) if channels else None,

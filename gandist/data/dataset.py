@@ -13,12 +13,13 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from gandist.data.decode import MAX_CHANNELS, MAX_PIXELS, MAX_SIGNAL
-from gandist.data.index import index_path
+from gandist.data.index import ShardIndex, index_path
 from gandist.data.storage import Store, refuse_secrets
+from gandist.data.tar import MAX_MEMBERS
 from gandist.recipe import NO_NUL, Failure, InputError, Section, suggestion, wording
 
 NAME = "dataset.json"
-MAX_MANIFEST = 1 << 28
+MAX_MANIFEST = 1 << 25
 MAX_CLASSES = 1_000_000
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -86,8 +87,8 @@ class Shard(Section):
     """One tar and its index."""
 
     name: FileName
-    samples: Count
-    bytes: Count
+    samples: Annotated[int, Field(ge=1, le=MAX_MEMBERS)]
+    bytes: Annotated[int, Field(ge=1, lt=2**48)]
     digest: Hex
     index_bytes: Count
     index_digest: Hex
@@ -152,6 +153,8 @@ class Manifest(Section):
 
 def file_digest(path: Path) -> str:
     """BLAKE2b-256 of a file in hexadecimal."""
+    if not path.is_file():
+        raise Failure(f"{path}: is not a plain file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
@@ -245,6 +248,10 @@ class Dataset:
                             raise Failure(
                                 f"{store.name(name)}: damaged: its digest is {found[:16]}…, and `{NAME}` says {expected[:16]}…"
                             )
+                        if name != shard.name:
+                            index = ShardIndex.open(path)
+                            if (len(index), index.shard_bytes) != (shard.samples, shard.bytes):
+                                raise Failure(f"{store.name(name)}: describes another shard than `{NAME}` does")
                         if store.local is None:
                             path.unlink()
                     progress(shard.samples)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,10 +26,6 @@ from gandist.recipe import Failure, InputError
 MAGIC = b"gdindex2"
 _HEAD = struct.Struct("<8sQQII")
 ABSENT = 0xFFFFFFFF  # the size of a member that a sample lacks
-MAX_SUFFIXES = 255
-_NAME = re.compile(
-    r"((?:.*/|)[^.]+)[.]([^/]+)", re.DOTALL
-)  # webdataset's rule: the key ends at the file name's first dot
 
 
 def index_path(shard: Path) -> Path:
@@ -66,9 +61,10 @@ class Sample:
 
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
-    """The WebDataset key of a member's name, and its suffix in small letters; None where there is no suffix."""
-    match = _NAME.fullmatch(name)
-    return (match[1], match[2].lower()) if match else None
+    """The WebDataset key of a member's name, up to the first dot of the file, and its suffix in small letters; None without one."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot and suffix else None
 
 
 def group(shard: Path, found: Iterable[Member]) -> list[Sample]:
@@ -130,6 +126,8 @@ class ShardIndex:
     def open(cls, path: Path) -> ShardIndex:
         """Memory-maps an index file; raises Failure when it is damaged."""
         try:
+            if not path.is_file():  # a pipe would wait for ever
+                raise ValueError("not a plain file")
             with path.open("rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             magic, count, shard_bytes, table_bytes, _ = _HEAD.unpack_from(data)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,7 +94,9 @@ class Options:
         if self.bad not in ("refuse", "skip"):
             raise InputError(f"--bad {self.bad}: must be refuse or skip")
         fractions = [fraction for _, fraction in self.splits]
-        if self.splits and (min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6):
+        if self.splits and (
+            not all(map(math.isfinite, fractions)) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6
+        ):
             raise InputError(
                 f"--split: the fractions {', '.join(map(str, fractions))} must be positive and add up to 1"
             )
@@ -180,6 +184,8 @@ def _fitted(image: Image.Image, size: int, fit: str, how: Image.Resampling) -> I
         image = image.crop((left, top, left + side, top + side))
     if fit == "shorter":
         height, width = resized(height, width, size)
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"would become {width}×{height} pixels; the limit is {MAX_PIXELS}")
         return image.resize((width, height), how)
     return image.resize((size, size), how)
 
@@ -290,6 +296,9 @@ def _begin(packing: Packing, record: dict[str, str | int | None]) -> None:
     """Makes the folder and notes what is packed into it; raises InputError where something else is."""
     out = packing.out
     ours = (".tar", ".idx", ".tmp", ".json")
+    for name in (LOCK, PLAN, SCRATCH):
+        if (out / name).is_symlink():  # what is written or removed there must not lie elsewhere
+            raise InputError(f"{out / name}: is a link; choose another folder, or delete it")
     if out.exists():
         if not out.is_dir():
             raise InputError(f"{out}: is a file; choose an empty folder")
@@ -312,7 +321,7 @@ def _begin(packing: Packing, record: dict[str, str | int | None]) -> None:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """The only packing of this folder by one command; parts need no lock, since they write the same bytes."""
-    with (out / LOCK).open("w") as lock:
+    with os.fdopen(os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -439,6 +448,8 @@ def _clear(out: Path) -> None:
 def _run_parts(packing: Packing, jobs: list[Job], workers: int, progress: Progress) -> None:
     """Each part in a process of its own, by the same command that packs a part on another machine: nothing is pickled."""
     with ExitStack() as files:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and not without the workers
+        files.callback(signal.signal, signal.SIGTERM, before)
         words = [files.enter_context(tempfile.TemporaryFile()) for _ in range(workers)]
         _wait_for_parts(packing, jobs, words, progress)
 
@@ -447,9 +458,7 @@ def _wait_for_parts(packing: Packing, jobs: list[Job], words: Sequence[IO[bytes]
     """Starts a process for each of `words`, files that take what it says: from a pipe nobody would read it meanwhile."""
     workers = len(words)
     processes = [
-        subprocess.Popen(
-            [*_command(packing), "--part", f"{part + 1}/{workers}"], stdout=subprocess.DEVNULL, stderr=words[part]
-        )
+        subprocess.Popen(_command(packing, f"{part + 1}/{workers}"), stdout=subprocess.DEVNULL, stderr=words[part])
         for part in range(workers)
     ]
     total = sum(len(job.items) for job in jobs)
@@ -480,16 +489,17 @@ def _wait_for_parts(packing: Packing, jobs: list[Job], words: Sequence[IO[bytes]
     progress(total, total)
 
 
-def _command(packing: Packing) -> list[str]:
+def _command(packing: Packing, part: str) -> list[str]:
     options = packing.options
-    words = [sys.executable, "-m", "gandist", "pack", packing.source, str(packing.out)]
+    words = [sys.executable, "-m", "gandist", "pack"]
     words += ["--size", str(options.size), "--fit", options.fit] if options.size is not None else []
     words += ["--shard-samples", str(options.shard_samples), "--bad", options.bad]
     words += ["--no-shuffle"] if options.shuffle is None else ["--shuffle", str(options.shuffle)]
     words += ["--split", ",".join(f"{name}={share!r}" for name, share in options.splits)] if options.splits else []
     words += ["--ignore", str(-1 if options.ignore is None else options.ignore)]
     words += ["--names", ",".join(options.names)] if options.names else []
-    return [*words, *(["--allow-pipe"] if packing.allow_pipe else [])]
+    words += ["--allow-pipe"] if packing.allow_pipe else []
+    return [*words, "--part", part, "--", packing.source, str(packing.out)]
 
 
 def index(

@@ -19,11 +19,12 @@ from gandist.data.dataset import Dataset, file_digest
 from gandist.data.decode import ROLES, Pixels
 from gandist.data.index import ABSENT, ShardIndex, digest, index_path, key_and_suffix
 from gandist.data.order import Integers
-from gandist.data.tar import check_sum, walk
+from gandist.data.tar import MAX_MEMBER, check_sum, walk
 from gandist.recipe import Failure, InputError
 
 OPEN_FILES = 64  # of each thread; a thread never closes a file that another one reads
 GAP = 4096  # members this near to each other are read at once: a tar puts a header between them
+MAX_HEADERS = 1 << 22  # bytes before a sample's first member: its own header, and what gives it a long name
 TRIES, PAUSE = 4, 0.1  # for a local file that does not open or read: a network disk may come back
 
 Member = tuple[str, memoryview]  # suffix and bytes
@@ -205,6 +206,8 @@ class Reader:
             if (code := index.suffix[role][place]) >= len(index.suffixes) or ROLES[index.suffixes[code]] != role:
                 raise self._damaged_index(shard)
         offset = index.offset[place]
+        if any(MAX_MEMBER < index.size[role][place] < ABSENT for role in roles):  # before memory is taken for it
+            raise self._damaged_index(shard)
         spans = sorted((index.start[role][place], index.size[role][place], role) for role in roles)
         if any(size == ABSENT for _, size, _ in spans):
             raise BadSample(f"{self._name(shard)}: sample {place} lacks one of {', '.join(roles)}")
@@ -277,6 +280,8 @@ class Reader:
         index = self._index(shard)
         offset = index.offset[place]
         starts = [index.start[r][place] for r in index.roles if index.size[r][place] != ABSENT]
+        if min(starts) > MAX_HEADERS:
+            raise self._damaged_index(shard)
         headers = self._bytes(shard, offset, min(starts))
         try:
             check = partial(check_sum, self._name(shard))

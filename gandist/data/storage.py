@@ -514,6 +514,8 @@ def open_stream(url: str, *, allow_pipe: bool = False) -> BinaryIO:
         return _command(url.removeprefix("pipe:"))
     store = Store.at(url)
     if store.local is not None:
+        if store.local.exists() and not store.local.is_file():
+            raise InputError(f"{store.local}: is not a plain file")
         try:
             return store.local.open("rb")
         except OSError as error:

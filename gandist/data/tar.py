@@ -19,6 +19,7 @@ from gandist.recipe import InputError
 BLOCK = 512
 MAX_MEMBERS = 500_000  # of one tar; a shard is megabytes, not an archive of everything
 MAX_MEMBER = 1 << 28
+MAX_NAME = 4096
 _MAX_HEADER = 1 << 20  # of a PAX header or a long name
 _MAX_TAIL = 1 << 20  # tar pads to its blocking factor, which is 10 KiB unless asked for more
 _EMPTY = bytes(BLOCK)
@@ -43,6 +44,8 @@ def refusal(tar: Path | str, offset: int, rule: str) -> InputError:
 @contextmanager
 def mapped(path: Path) -> Iterator[mmap.mmap]:
     """The bytes of a file without reading them; raises InputError where there are none."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is not a plain file")
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name its shards, such as {path}/*.tar")
     try:
@@ -164,6 +167,8 @@ def walk(
                 raise refusal(tar, place, f"{name!r} is cut off: {size} bytes, and the file ends before them")
             if size > MAX_MEMBER:
                 raise refusal(tar, place, f"{name!r} has {size} bytes; the limit is {MAX_MEMBER}")
+            if len(name) > MAX_NAME:
+                raise refusal(tar, place, f"a name of {len(name)} characters; the limit is {MAX_NAME}")
             if kind or not name.endswith("/"):  # an old tar writes a folder as a file with a slash
                 yield Member(name, first, start, size)
                 count += 1

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from gandist.data.dataset import ImageSpec
-from gandist.data.decode import Pixels
+from gandist.data.decode import MAX_PIXELS, Pixels
 from gandist.data.order import Integers, uniform
 from gandist.recipe import TransformOptions
 
@@ -82,6 +82,8 @@ class Moves:
     def apply(self, options: TransformOptions, row: int, pixels: Pixels, *, mask: bool = False) -> Pixels:
         """(H, W, C) or (H, W) pixels after the moves of a row; a mask keeps its values. Raises ValueError."""
         size = resized(pixels.shape[0], pixels.shape[1], options.size)
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"would become {size[1]}×{size[0]} pixels; the limit is {MAX_PIXELS}")
         if size != pixels.shape[:2]:
             flat = pixels.ndim == 3 and pixels.shape[2] == 1
             image = Image.fromarray(pixels[:, :, 0] if flat else pixels)

@@ -32,7 +32,7 @@ Labels = npt.NDArray[np.integer]
 
 EMBEDDED = {"fashion-mnist": Path(__file__).parent.parent / "embedded" / "fashion-mnist"}
 GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
 CIFAR_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # What zipfile, zlib and numpy raise when a damaged file leads them astray.
 DAMAGE = (
