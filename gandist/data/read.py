@@ -12,14 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from gandist.data.cache import Cache
 from gandist.data.dataset import Dataset, file_digest
-from gandist.data.decode import ROLES, Pixels
+from gandist.data.decode import ROLES, Pixels, label_number
 from gandist.data.index import ABSENT, ShardIndex, digest, index_path, key_and_suffix
 from gandist.data.order import Integers
-from gandist.data.tar import MAX_MEMBER, check_sum, walk
+from gandist.data.tar import BLOCK, MAX_MEMBER, check_sum, walk
 from gandist.recipe import Failure, InputError
 
 OPEN_FILES = 64  # of each thread; a thread never closes a file that another one reads
@@ -51,7 +52,7 @@ class Reader:
         self.ends = np.cumsum([shard.samples for shard in self.shards]).astype(np.uint64)
         self.starts = self.ends - np.array([shard.samples for shard in self.shards], np.uint64)
         self._indexes: list[ShardIndex | None] = [None] * len(self.shards)
-        self._images: list[tuple[memoryview, ...] | None] = [None] * len(self.shards)  # for `image_rows`
+        self._columns: dict[str, list[tuple[memoryview, ...] | None]] = {}  # by role and shard, for whole batches
         self._local = threading.local()
         self._fetched_anew: set[int] = set()
         self._handles: list[dict[int, int]] = []  # of every thread, to be closed in the end
@@ -255,15 +256,10 @@ class Reader:
             return [*range(len(rows))]
         left = []
         length, preadv, digest_of = rows.shape[1], os.preadv, xxh3_64_intdigest
-        files, columns = self._files(), self._images
+        files, columns = self._files(), self._columns_of("image")
         for row, (shard, place, into) in enumerate(zip(shards, places, rows, strict=True)):
             try:
-                known = columns[shard]
-                if known is None:
-                    index = self._index(shard)
-                    known = index.offset, index.start["image"], index.size["image"], index.digest["image"]
-                    columns[shard] = known
-                offset, start, size, digests = known
+                offset, start, size, digests = columns[shard] or self._open_columns("image", shard)
                 if (
                     size[place] != length
                     or preadv(files.get(shard) or self._file(shard), (into,), offset[place] + start[place]) != length
@@ -273,6 +269,34 @@ class Reader:
             except (OSError, KeyError, OverflowError, Failure):  # `read` meets it again, and names it
                 left.append(row)
         return left
+
+    def label_rows(self, shards: Sequence[int], places: Sequence[int], labels: npt.NDArray[np.int64]) -> list[int]:
+        """Reads labels into `labels` (N,) as `image_rows` reads images; returns the rows that it could not fill."""
+        if self.store.local is None and self.cache is None:
+            return [*range(len(labels))]
+        left = []
+        files, columns = self._files(), self._columns_of("label")
+        for row, (shard, place) in enumerate(zip(shards, places, strict=True)):
+            try:
+                offset, start, size, digests = columns[shard] or self._open_columns("label", shard)
+                length = min(size[place], BLOCK)
+                data = os.pread(files.get(shard) or self._file(shard), length, offset[place] + start[place])
+                if xxh3_64_intdigest(data) != digests[place]:
+                    left.append(row)
+                else:
+                    labels[row] = label_number(data)
+            except (OSError, KeyError, OverflowError, ValueError, Failure):
+                left.append(row)
+        return left
+
+    def _columns_of(self, role: str) -> list[tuple[memoryview, ...] | None]:
+        return self._columns.setdefault(role, [None] * len(self.shards))
+
+    def _open_columns(self, role: str, shard: int) -> tuple[memoryview, ...]:
+        index = self._index(shard)
+        found = index.offset, index.start[role], index.size[role], index.digest[role]
+        self._columns_of(role)[shard] = found
+        return found
 
     def key(self, number: int) -> str:
         """The WebDataset key of a sample, read from its tar header."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -176,11 +176,6 @@ class View:
         """The members read of each sample."""
         return tuple(self.parts)
 
-    @property
-    def other_roles(self) -> tuple[str, ...]:
-        """Those besides the image."""
-        return tuple(role for role in self.parts if role != "image")
-
     def numbers(self, picks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """Sample numbers of places in the order."""
         return picks if self.items is None else self.items[picks]
@@ -317,7 +312,7 @@ class Stream:
         numbers = view.numbers(picks)
         count = len(numbers)
         image = view.image
-        arrays: dict[str, npt.NDArray[np.generic]] = {}
+        arrays: dict[str, npt.NDArray[Any]] = {}
         rows: npt.NDArray[np.uint8] | None = None
         if "image" in view.parts or "mask" in view.parts:
             if image is None or image.height is None or image.width is None:
@@ -337,13 +332,11 @@ class Stream:
         if moves(view.transform):
             drawn = Moves.draw(view.transform, places, self.seed, f"transform/{view.name}")
         shards, locals_ = view.reader.locate(numbers)
-        missing = self._straight(view, shards, locals_, rows)
-        others = view.other_roles
-        for row in range(count) if others else sorted(missing):
+        missing = self._straight(view, shards, locals_, rows, arrays)
+        for row in sorted(set().union(*missing.values())):
+            wanted = [role for role in view.parts if row in missing[role]]
             try:
-                self._fill(
-                    view, view.roles if row in missing else others, row, shards[row], locals_[row], arrays, drawn
-                )
+                self._fill(view, wanted, row, shards[row], locals_[row], arrays, drawn)
             except (BadSample, ValueError) as error:
                 loaded.faults.append(self._fault(int(numbers[row]), error))
                 numbers[row] = self._substitute(view, row, int(picks[row]), arrays, drawn, loaded)
@@ -352,15 +345,25 @@ class Stream:
         loaded.numbers[view.name] = numbers.tolist()
 
     def _straight(
-        self, view: View, shards: list[int], places: list[int], rows: npt.NDArray[np.uint8] | None
-    ) -> set[int]:
-        """Reads images that are stored as the batch wants them; returns the rows that must be read another way."""
-        if rows is None or not view.header:
-            return set(range(len(shards)))
-        left = set(view.reader.image_rows(shards, places, rows))
-        head = rows[:, : len(view.header)]
-        if head.tobytes() != view.header * len(rows):  # some are of another shape, or were not read at all
-            left |= set(np.flatnonzero((head != np.frombuffer(view.header, np.uint8)).any(1)).tolist())
+        self,
+        view: View,
+        shards: list[int],
+        places: list[int],
+        rows: npt.NDArray[np.uint8] | None,
+        arrays: dict[str, npt.NDArray[Any]],
+    ) -> dict[str, Collection[int]]:
+        """Reads labels, and images that are stored as the batch wants them; by role, the rows to be read another way."""
+        left: dict[str, Collection[int]] = dict.fromkeys(view.parts, range(len(shards)))
+        if "label" in view.parts and self.spec.label is not None:
+            unread = view.reader.label_rows(shards, places, arrays["label"])
+            beyond = np.flatnonzero(arrays["label"] >= self.spec.label.classes).tolist()
+            left["label"] = {*unread, *beyond}
+        if rows is not None and view.header:
+            missing = set(view.reader.image_rows(shards, places, rows))
+            head = rows[:, : len(view.header)]
+            if head.tobytes() != view.header * len(rows):  # some are of another shape, or were not read at all
+                missing |= set(np.flatnonzero((head != np.frombuffer(view.header, np.uint8)).any(1)).tolist())
+            left["image"] = missing
         return left
 
     def _fault(self, number: int, error: Exception) -> Fault:
@@ -378,7 +381,7 @@ class Stream:
         view: View,
         row: int,
         pick: int,
-        arrays: dict[str, npt.NDArray[np.generic]],
+        arrays: dict[str, npt.NDArray[Any]],
         drawn: Moves | None,
         loaded: Loaded,
     ) -> int:
@@ -401,7 +404,7 @@ class Stream:
         row: int,
         shard: int,
         place: int,
-        arrays: dict[str, npt.NDArray[np.generic]],
+        arrays: dict[str, npt.NDArray[Any]],
         drawn: Moves | None,
     ) -> None:
         """One sample into its row; raises BadSample or ValueError saying what is wrong with it."""
