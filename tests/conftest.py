@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from gandist.cli import main
 from gandist.data.dataset import Dataset
 from gandist.data.opening import open_reader
+from gandist.data.order import Full, places_of
 from gandist.data.pack import Options, Packing, pack
 from gandist.data.stream import Stream
 from gandist.recipe import DataOptions
@@ -62,6 +64,11 @@ def pytest_configure() -> None:
 def packed(source: object, out: Path, workers: int = 1, **options: object) -> Dataset:
     """A source packed in this process, in the source's order unless `shuffle` says otherwise."""
     return pack(Packing(str(source), out, Options(**{"shuffle": None, **options})), workers)[0]
+
+
+def samples(draw: int, rows: range, *, batch: int, length: int, seed: int) -> np.ndarray:
+    """The sample numbers that stand at `rows` of global batch `draw` in the full order."""
+    return Full(length, seed)(places_of(draw, rows, batch))
 
 
 def open_stream(

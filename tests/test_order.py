@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from conftest import samples
 
-from gandist.data.order import Full, Integers, Permutation, Windowed, samples, uniform
+from gandist.data.order import Full, Integers, Permutation, Windowed, uniform
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 1000, 4096, 50_001, 1_000_003])

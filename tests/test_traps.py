@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import webdataset
-from conftest import ENVIRONMENT, ROOT, on_ranks, open_stream, packed
+from conftest import ENVIRONMENT, ROOT, on_ranks, open_stream, packed, samples
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -289,7 +289,6 @@ def _half_lost(shards: list[str]) -> list[int]:
 
 
 def test_a_prepared_loader_of_split_shards_loses_half_the_data_and_the_stream_loses_none(tmp_path: Path) -> None:
-    from gandist.data import order
 
     np.savez(tmp_path / "x.npz", images=np.zeros((160, 8, 8), np.uint8))
     packed(tmp_path / "x.npz", tmp_path / "x", shard_samples=20)
@@ -297,7 +296,7 @@ def test_a_prepared_loader_of_split_shards_loses_half_the_data_and_the_stream_lo
     read = on_ranks(2, _half_lost, shards)
     assert len({key for keys in read for key in keys}) == 80  # of 160, and no error
     ours = [
-        order.samples(draw, range(8 * rank, 8 * rank + 8), batch=16, length=160, seed=0)
+        samples(draw, range(8 * rank, 8 * rank + 8), batch=16, length=160, seed=0)
         for draw in range(10)
         for rank in (0, 1)
     ]

@@ -179,8 +179,3 @@ def uniform(places: Integers, seed: int, purpose: str) -> npt.NDArray[np.float64
     """A number in [0, 1) for each place: of the same place always the same, whoever asks."""
     bits = _mix(_mix(places + np.uint64(derive(seed, purpose))) + np.uint64(derive(seed, purpose, 1)))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def samples(draw: int, rows: range, *, batch: int, length: int, seed: int, purpose: str = "order") -> Integers:
-    """The sample numbers that stand at `rows` of global batch `draw` in the full order."""
-    return Full(length, seed, purpose)(places_of(draw, rows, batch))

@@ -550,7 +550,12 @@ def _index_one(store: Store, name: str, folder: Path, decode: bool, progress: Ca
             copy.symlink_to((store.local / name).resolve())
         else:
             store.fetch(name, copy)
-        contents = examine(copy, decode=decode, progress=progress)
+        try:
+            contents = examine(copy, decode=decode, progress=progress)
+        except InputError as error:
+            raise InputError(
+                str(error).replace(str(copy), store.name(name))
+            ) from None  # a user knows the shard, not the copy
         index_path(copy).replace(folder / index_path(copy).name)
     return contents
 
