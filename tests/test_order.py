@@ -80,6 +80,8 @@ def test_the_windowed_order_has_each_sample_once_an_epoch_and_whole_windows_of_s
             place += count
         assert place == (number + 1) * length
     assert not np.array_equal(epochs[0], epochs[1])
+    alone = Windowed([50], 1, seed=0)(np.arange(100, dtype=np.uint64))
+    assert not np.array_equal(alone[:50], alone[50:])  # within a window, too
     assert not np.array_equal(epochs[0], Windowed(SIZES, 3, seed=5)(np.arange(length, dtype=np.uint64)))
 
 

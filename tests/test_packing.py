@@ -47,6 +47,8 @@ def test_any_number_of_processes_or_parts_writes_the_same_bytes(photos: Path, tm
         result = run("pack", photos, tmp_path / "parts", *options, "--part", f"{part}/2")
         assert result.code == 0, result.out
         if part == 2:
+            written = sorted(int(path.stem[-6:]) for path in (tmp_path / "parts").glob("train-*.tar"))
+            assert written == list(range(1, 8, 2))  # its own shards, and no other's
             early = run("pack", photos, tmp_path / "parts", *options, "--merge")
             assert early.code == 2
             assert "shards are not there" in early.out
