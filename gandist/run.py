@@ -71,7 +71,6 @@ class Run:
         elif init_from is not None:
             self._start_from()
         self.resumed_step = self.clock.step if resuming else -1
-        self.quarantined = set(json.loads(world.gather(json.dumps(sorted(self.quarantined)))[0]))  # rank 0 has read it
         self.stream = open_batches(
             recipe.data,
             parts=self.game.parts,
