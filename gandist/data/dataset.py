@@ -190,6 +190,10 @@ class Dataset:
             self.manifest = Manifest.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
+            if first["loc"] == ("gandist_dataset",):
+                raise InputError(
+                    f"{self.store.name(NAME)}: is of another version of gandist; pack or index it anew"
+                ) from None
             raise InputError(
                 f"{self.store.name(NAME)}: `{'.'.join(map(str, first['loc']))}`: {wording(first)}"
             ) from None
