@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,7 +31,7 @@ import torch
 import webdataset
 import xxhash
 from PIL import Image
-from step import processor
+from step import processor, report
 
 from gandist.check import read_recipe
 from gandist.data.contents import examine
@@ -41,7 +40,7 @@ from gandist.data.index import index_bytes, index_path, scan
 from gandist.data.opening import open_reader
 from gandist.data.pack import index
 from gandist.data.sources.arrays import EMBEDDED
-from gandist.data.stream import Stream
+from gandist.data.stream import Share, Stream
 from gandist.data.tar import mapped
 from gandist.launcher import Stop, World
 from gandist.recipe import DataOptions
@@ -83,7 +82,7 @@ def open_stream(
 ) -> Stream:
     """A stream on the CPU."""
     options = DataOptions(path=str(folder), workers=workers)
-    return Stream(open_reader(options), options, parts=parts, batch=batch, seed=0, device=torch.device("cpu"))
+    return Stream(open_reader(options), options, Share(parts, batch, 0, torch.device("cpu")))
 
 
 def plain(folder: Path, size: int) -> Iterator[Any]:
@@ -296,13 +295,13 @@ def pace_of_indexing(folder: Path, rounds: int) -> dict[str, Any]:
 FAR = """
 import resource, sys, time
 from gandist.data.opening import open_reader
-from gandist.data.stream import Stream
+from gandist.data.stream import Share, Stream
 from gandist.recipe import DataOptions
 import torch
 options = DataOptions(path=sys.argv[1], workers=0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 began = time.perf_counter()
-stream = Stream(open_reader(options), options, parts=("image",), batch=64, seed=0, device=torch.device("cpu"))
+stream = Stream(open_reader(options), options, Share(("image",), 64, 0, torch.device("cpu")))
 numbers = stream.numbers(10**8)
 for number in numbers:
     shard, place = stream.reader._locate(number)
@@ -427,19 +426,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures, prints a table, and writes the JSON where it was asked for."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--samples", type=int, default=4096, help="images of 64 pixels; a quarter of them at 256")
     parser.add_argument("--steps", type=int, default=8, help="steps of the DCGAN")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(arguments, Path(folder))
-    print(table(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    report(measure, table, arguments)
 
 
 if __name__ == "__main__":

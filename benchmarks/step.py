@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gandist.check import read_recipe
 from gandist.data.opening import data_spec, open_batches
 from gandist.data.pack import Options, Packing, pack
+from gandist.data.stream import Share
 from gandist.game import Game
 from gandist.launcher import Stop, World
 from gandist.player import DTYPES
@@ -132,7 +133,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     assert isinstance(recipe.game, Game)
 
     sides = recipe.game.sides(data_spec(recipe.data))
-    stream = open_batches(recipe.data, parts=("image",), batch=1024, seed=0, device=world.device)
+    stream = open_batches(recipe.data, Share(("image",), 1024, 0, world.device))
     images = stream.read(0)[0]["image"].contiguous()
     stream.close()
     bare = {name: side.build().to(world.device) for name, side in sides.items()}
@@ -200,8 +201,22 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
+def report(
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    arguments: argparse.Namespace,
+) -> None:
+    """Measures in a folder of its own, prints the table, and writes the JSON where it was asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(arguments, Path(folder))
+    print(table(result))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
-    """Measures, prints a table, and writes the JSON where it was asked for."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--width", type=int, default=64, help="channels of the networks next to the image")
@@ -211,12 +226,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(arguments, Path(folder))
-    print(table(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    report(measure, table, arguments)
 
 
 if __name__ == "__main__":

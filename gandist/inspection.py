@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gandist.data.opening import open_reader
-from gandist.data.stream import PARTS, Batch, Stream
+from gandist.data.stream import PARTS, Batch, Share, Stream
 from gandist.game import Game
 from gandist.log import grid, save_png
 from gandist.recipe import Failure, InputError, Recipe
@@ -40,18 +40,10 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
     reader = readers[0].uncached()
     roles = reader.dataset.spec(recipe.data.split).roles
     parts = {*recipe.game.parts, *(role for role in roles if PARTS[role].role == role)}
+    run, cpu = recipe.run, torch.device("cpu")
     streams = [
-        Stream(
-            readers[rank],
-            recipe.data,
-            parts=sorted(parts),
-            batch=recipe.run.batch,
-            seed=recipe.run.seed,
-            device=torch.device("cpu"),
-            rank=rank,
-            ranks=world_size,
-        )
-        for rank in range(world_size)
+        Stream(opened, recipe.data, Share(sorted(parts), run.batch, run.seed, cpu, rank=rank, ranks=world_size))
+        for rank, opened in enumerate(readers)
     ]
     shown: list[Tensor] = []
     try:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from gandist import checkpoint
 from gandist.data.dataset import Spec
 from gandist.data.opening import data_digest, data_spec, open_batches
-from gandist.data.stream import Fault, Stream
+from gandist.data.stream import Fault, Share, Stream
 from gandist.game import Clock, Game, draws, draws_each_step
 from gandist.launcher import World
 from gandist.log import Bar, Log, Meter, grid
@@ -71,18 +71,17 @@ class Run:
         elif init_from is not None:
             self._start_from()
         self.resumed_step = self.clock.step if resuming else -1
-        self.stream = open_batches(
-            recipe.data,
-            parts=self.game.parts,
-            batch=recipe.run.batch,
-            seed=recipe.run.seed,
-            device=world.device,
+        share = Share(
+            self.game.parts,
+            recipe.run.batch,
+            recipe.run.seed,
+            world.device,
             rank=world.rank,
             ranks=world.ranks,
             accumulate=recipe.run.accumulate,
             recall=draws_each_step(self.phases),
-            allow_pipe=allow_pipe,
         )
+        self.stream = open_batches(recipe.data, share, allow_pipe)
         self.meter = Meter()
         self.failed_saves = 0
         self._log: Log | None = None

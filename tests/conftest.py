@@ -25,7 +25,7 @@ from gandist.data.dataset import Dataset
 from gandist.data.opening import open_reader
 from gandist.data.order import Full, places_of
 from gandist.data.pack import Options, Packing, pack
-from gandist.data.stream import Stream
+from gandist.data.stream import Share, Stream
 from gandist.recipe import DataOptions
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +77,8 @@ def open_stream(
 ) -> Stream:  # fmt: skip
     """A stream of a dataset on the CPU; `options` are those of the recipe's section `data`."""
     chosen = DataOptions(path=str(path), **options)
-    return Stream(open_reader(chosen), chosen, parts=parts, batch=batch, seed=seed, device=torch.device("cpu"),
-                  rank=rank, ranks=ranks, accumulate=accumulate, recall=recall)  # fmt: skip
+    share = Share(parts, batch, seed, torch.device("cpu"), rank, ranks, accumulate, recall)
+    return Stream(open_reader(chosen), chosen, share)
 
 
 @pytest.fixture(scope="session")

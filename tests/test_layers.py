@@ -27,6 +27,7 @@ LAYERS = [
 DOORS = {
     "accelerate": {"launcher"},
     "webdataset": {"data/pack", "data/plain", "data/sources/shards"},
+    "fsspec": {"data/storage"},
     "wandb": {"log"},
     "safetensors": {"checkpoint"},
     "pickle": set(),

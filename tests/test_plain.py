@@ -19,6 +19,7 @@ from gandist import checkpoint
 from gandist.data.opening import open_batches
 from gandist.data.pack import npy_bytes
 from gandist.data.plain import PlainStream
+from gandist.data.stream import Share
 from gandist.recipe import DataOptions, Failure
 
 LENGTHS = (7, 12, 5, 20, 9)
@@ -62,8 +63,8 @@ def open_plain(
     path: str, *, rank: int = 0, ranks: int = 1, batch: int = 8, seed: int = 0, allow_pipe: bool = False, **options: object
 ) -> PlainStream:  # fmt: skip
     chosen = DataOptions(path=path, reader="webdataset", **{"classes": SAMPLES, "buffer": 4, **options})
-    stream = open_batches(chosen, parts=("image", "label"), batch=batch, seed=seed, device=torch.device("cpu"),
-                          rank=rank, ranks=ranks, allow_pipe=allow_pipe)  # fmt: skip
+    share = Share(("image", "label"), batch, seed, torch.device("cpu"), rank, ranks)
+    stream = open_batches(chosen, share, allow_pipe)
     assert isinstance(stream, PlainStream)
     return stream
 

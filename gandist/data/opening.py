@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from gandist.data import plain
 from gandist.data.cache import Cache
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.read import Reader
 from gandist.data.storage import refuse_secrets
-from gandist.data.stream import Batches, Stream, view_spec
+from gandist.data.stream import Batches, Share, Stream, view_spec
 from gandist.recipe import DataOptions
 
 INDEX_CACHE = 16 << 30  # bytes of indexes of remote datasets; 40 a sample
@@ -45,25 +42,11 @@ def open_reader(options: DataOptions) -> Reader:
     return Reader(dataset, options.split, indexes=indexes, shards=shards)
 
 
-def open_batches(
-    options: DataOptions,
-    *,
-    parts: Sequence[str],
-    batch: int,
-    seed: int,
-    device: torch.device,
-    rank: int = 0,
-    ranks: int = 1,
-    accumulate: int = 1,
-    recall: int = 1,
-    allow_pipe: bool = False,
-) -> Batches:
+def open_batches(options: DataOptions, share: Share, allow_pipe: bool = False) -> Batches:
     """A stream of the data; raises InputError."""
-    shared = {"parts": parts, "batch": batch, "seed": seed, "device": device, "rank": rank, "ranks": ranks}
-    shared |= {"accumulate": accumulate, "recall": recall}
     if options.reader == "webdataset":
-        return plain.PlainStream(options, allow_pipe=allow_pipe, **shared)  # type: ignore[arg-type]
-    return Stream(open_reader(options), options, **shared)  # type: ignore[arg-type]
+        return plain.PlainStream(options, share, allow_pipe)
+    return Stream(open_reader(options), options, share)
 
 
 def data_spec(options: DataOptions, allow_pipe: bool = False) -> Spec:

@@ -61,6 +61,7 @@ SHARD_SAMPLES = 4096
 MAX_SHARD_SAMPLES = 100_000
 FITS = ("crop", "shorter", "stretch")
 Progress = Callable[[int, int], None]
+Record = dict[str, str | int | None]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Packing:
         """Removes the copies of remote shards."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def record(self, found: Source) -> dict[str, str | int | None]:
+    def record(self, found: Source) -> Record:
         """What `dataset.json` says of the packing; equal records mean equal shards."""
         digests = {f"digest of {name}": split.digest for name, split in found.splits.items()}
         options = {key: value for key, value in asdict(self.options).items() if key not in ("splits", "names")}
@@ -292,7 +293,7 @@ def _written(packing: Packing, job: Job) -> Contents | None:
     return contents if sizes_fit else None
 
 
-def _begin(packing: Packing, record: dict[str, str | int | None]) -> None:
+def _begin(packing: Packing, record: Record) -> None:
     """Makes the folder and notes what is packed into it; raises InputError where something else is."""
     out = packing.out
     ours = (".tar", ".idx", ".tmp", ".json")
@@ -334,7 +335,7 @@ def _locked(out: Path) -> Iterator[None]:
             (out / LOCK).unlink()
 
 
-def _done_before(packing: Packing, record: dict[str, str | int | None]) -> Dataset | None:
+def _done_before(packing: Packing, record: Record) -> Dataset | None:
     """The dataset in the folder where it is this one; raises InputError where it is another."""
     if not (packing.out / NAME).exists():
         return None
@@ -349,14 +350,20 @@ def _done_before(packing: Packing, record: dict[str, str | int | None]) -> Datas
     return dataset
 
 
-def pack_part(packing: Packing, part: int, parts: int, progress: Progress = lambda *_: None) -> int:
-    """Writes every `parts`-th shard from number `part` on that is not there yet; returns how many that are."""
+def _understood(packing: Packing) -> tuple[Source, Record, Dataset | None]:
+    """The source, what `dataset.json` is to say of it, and the dataset where it is there already; raises InputError."""
     packing.options.check()
-    if not 0 <= part < parts:
-        raise InputError(f"--part {part + 1}/{parts}: must be from 1/{parts} to {parts}/{parts}")
     found = packing.open()
     record = packing.record(found)
-    if _done_before(packing, record) is not None:
+    return found, record, _done_before(packing, record)
+
+
+def pack_part(packing: Packing, part: int, parts: int, progress: Progress = lambda *_: None) -> int:
+    """Writes every `parts`-th shard from number `part` on that is not there yet; returns how many that are."""
+    if not 0 <= part < parts:
+        raise InputError(f"--part {part + 1}/{parts}: must be from 1/{parts} to {parts}/{parts}")
+    found, record, dataset = _understood(packing)
+    if dataset is not None:
         return 0
     _begin(packing, record)
     jobs = packing.jobs(found)[part::parts]
@@ -371,10 +378,7 @@ def pack_part(packing: Packing, part: int, parts: int, progress: Progress = lamb
 
 def merge(packing: Packing) -> tuple[Dataset, bool]:
     """Writes `dataset.json` when all parts are done; raises InputError naming what is missing."""
-    packing.options.check()
-    found = packing.open()
-    record = packing.record(found)
-    done = _done_before(packing, record)
+    found, record, done = _understood(packing)
     if done is not None:
         return done, False
     if not (packing.out / PLAN).exists():
@@ -383,7 +387,7 @@ def merge(packing: Packing) -> tuple[Dataset, bool]:
     return _merge(packing, found, record), True
 
 
-def _merge(packing: Packing, found: Source, record: dict[str, str | int | None]) -> Dataset:
+def _merge(packing: Packing, found: Source, record: Record) -> Dataset:
     jobs = packing.jobs(found)
     splits: dict[str, list[Contents]] = {}
     missing = []
@@ -414,10 +418,7 @@ def pack(packing: Packing, workers: int = 1, progress: Progress = lambda *_: Non
     Goes on where an earlier call was stopped. Images are stored as they are: encoded files untouched, arrays and resized
     images as .npy. With several `workers` the shards are divided over as many processes. Raises InputError.
     """
-    packing.options.check()
-    found = packing.open()
-    record = packing.record(found)
-    done = _done_before(packing, record)
+    found, record, done = _understood(packing)
     if done is not None:
         return done, False
     _begin(packing, record)

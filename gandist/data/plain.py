@@ -27,7 +27,7 @@ from gandist.data.decode import ROLES, SIGNAL_SUFFIX, decoded, image_shape, labe
 from gandist.data.index import key_and_suffix
 from gandist.data.order import Permutation, places_of
 from gandist.data.storage import expand, open_stream, redact
-from gandist.data.stream import PARTS, Batch, Fault, view_spec
+from gandist.data.stream import PARTS, Batch, Fault, Share, view_spec
 from gandist.data.tar import check_sum, refusal, walk
 from gandist.data.transform import Moves, moves, values
 from gandist.recipe import DataOptions, Failure, InputError
@@ -150,22 +150,9 @@ def stored_spec(options: DataOptions, allow_pipe: bool = False) -> Spec:
 class PlainStream:
     """Batches in the order in which they are asked for, draw after draw; each process has shards of its own and never ends."""
 
-    def __init__(
-        self,
-        options: DataOptions,
-        *,
-        parts: Sequence[str],
-        batch: int,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        ranks: int = 1,
-        accumulate: int = 1,
-        recall: int = 1,
-        allow_pipe: bool = False,
-    ) -> None:
-        urls = locations(options)
-        assert len(urls) >= ranks, (urls, ranks)  # the recipe has been checked
+    def __init__(self, options: DataOptions, share: Share, allow_pipe: bool = False) -> None:
+        urls, parts = locations(options), share.parts
+        assert len(urls) >= share.ranks, (urls, share.ranks)  # the recipe has been checked
         if any(
             PARTS[part] not in (("labelled", "image"), ("labelled", "label"), ("labelled", "signal")) for part in parts
         ):
@@ -173,16 +160,12 @@ class PlainStream:
                 f"`data.reader`: webdataset reads images, labels and signals, and the game wants {', '.join(parts)}; "
                 "index the shards with `gandist index` and use the index reader"
             )
-        self.options, self.parts, self.allow_pipe = options, tuple(parts), allow_pipe
+        self.options, self.share, self.parts, self.allow_pipe = options, share, tuple(parts), allow_pipe
         self.spec = view_spec(stored_spec(options, allow_pipe), options)
-        self.batch, self.seed, self.device, self.rank = batch, seed, device, rank
-        share = batch // ranks
-        self.rows = range(rank * share, (rank + 1) * share)
-        self.micro = share // accumulate
+        self.batch, self.seed, self.rank, self.rows = share.batch, share.seed, share.rank, share.rows
         self.waited = 0.0
-        self.own = urls[rank::ranks]
+        self.own = urls[share.rank :: share.ranks]
         self._recent: OrderedDict[int, list[Batch]] = OrderedDict()
-        self._recall = recall
         self._stop = threading.Event()
         self._queues: list[queue.Queue[dict[str, torch.Tensor] | Fault | Exception]] = []
         self._threads: list[threading.Thread] = []
@@ -338,25 +321,15 @@ class PlainStream:
             if isinstance(loaded, Fault):
                 raise Failure(loaded.message)
             self._recent[draw] = self._split(draw, loaded)
-            while len(self._recent) > self._recall:
+            while len(self._recent) > self.share.recall:
                 self._recent.popitem(last=False)
         return self._recent[draw]
 
     def _split(self, draw: int, loaded: dict[str, torch.Tensor]) -> list[Batch]:
-        parts = {name: tensor.to(self.device) for name, tensor in loaded.items()}
+        parts = {name: tensor.to(self.share.device) for name, tensor in loaded.items()}
         if "image" in parts:
             parts["image"] = values(self.options.transform, parts["image"].permute(0, 3, 1, 2))
-        return [
-            Batch(
-                {name: tensor[begin : begin + self.micro] for name, tensor in parts.items()},
-                draw,
-                range(self.rows.start + begin, self.rows.start + begin + self.micro),
-                self.batch,
-                self.seed,
-                self.device,
-            )
-            for begin in range(0, len(self.rows), self.micro)
-        ]
+        return self.share.micro_batches(draw, parts, {})
 
     def close(self) -> None:
         """Ends the background threads."""

@@ -81,6 +81,48 @@ class Batch:
         return noise[self.rows.start : self.rows.stop]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process reads of every draw: which parts, which rows, and in how many micro-batches."""
+
+    parts: Sequence[str]
+    batch: int  # of all processes
+    seed: int
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+    accumulate: int = 1
+    recall: int = 1  # draws that may be read again without a second load: those of one step
+
+    def __post_init__(self) -> None:
+        assert set(self.parts) <= PARTS.keys(), self.parts
+        assert self.batch % (self.ranks * self.accumulate) == 0, (self.batch, self.ranks, self.accumulate)
+
+    @property
+    def rows(self) -> range:
+        """The rows of the global batch that this process works on."""
+        count = self.batch // self.ranks
+        return range(self.rank * count, (self.rank + 1) * count)
+
+    def micro_batches(
+        self, draw: int, parts: Mapping[str, Tensor], numbers: Mapping[str, Sequence[int]]
+    ) -> list[Batch]:
+        """The rows of a draw in equal pieces; `numbers` are those of the samples by part, where they are known."""
+        first, count = self.rows.start, len(self.rows) // self.accumulate
+        return [
+            Batch(
+                {name: tensor[begin : begin + count] for name, tensor in parts.items()},
+                draw,
+                range(first + begin, first + begin + count),
+                self.batch,
+                self.seed,
+                self.device,
+                {name: found[begin : begin + count] for name, found in numbers.items()},
+            )
+            for begin in range(0, len(self.rows), count)
+        ]
+
+
 class Fault(NamedTuple):
     """What went wrong with the data: one bad sample by number, or, with the number -1, all of it."""
 
@@ -197,37 +239,18 @@ class Stream:
     has to be copied (measured in benchmarks/data.py).
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        options: DataOptions,
-        *,
-        parts: Sequence[str],
-        batch: int,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        ranks: int = 1,
-        accumulate: int = 1,
-        recall: int = 1,
-    ) -> None:
-        assert set(parts) <= PARTS.keys(), parts
-        assert batch % (ranks * accumulate) == 0, (batch, ranks, accumulate)
-        self.reader, self.options = reader, options
+    def __init__(self, reader: Reader, options: DataOptions, share: Share) -> None:
+        self.reader, self.options, self.share = reader, options, share
         self.stored = reader.dataset.spec(options.split)
         self.spec = view_spec(self.stored, options)
-        self.batch, self.seed, self.device = batch, seed, device
-        share = batch // ranks
-        self.rows = range(rank * share, (rank + 1) * share)
-        self.micro = share // accumulate
+        self.batch, self.seed, self.device, self.rows = share.batch, share.seed, share.device, share.rows
         self.waited = 0.0
         self.subset = choose(reader, options, self.spec.label.classes) if options.subset and self.spec.label else None
-        self.views = self._views(parts)
+        self.views = self._views(share.parts)
         self._ahead = max(2, options.workers)
         self._threads = ThreadPoolExecutor(options.workers, "stream") if options.workers else None
         self._pending: dict[int, Future[Loaded]] = {}
         self._recent: OrderedDict[int, list[Batch]] = OrderedDict()
-        self._recall = recall  # draws that may be read again without a second load: those of one step
         self._told: set[int] = set()  # draws whose faults `ready` has handed on
         self._windows: dict[str, list[list[int]]] = {}  # shards that each view wants, this window's and the next one's
         self._window_lock = threading.Lock()
@@ -509,7 +532,7 @@ class Stream:
         if fatal:
             raise Failure(fatal[0].message)
         self._recent[draw] = self._split(draw, loaded)
-        while len(self._recent) > self._recall:
+        while len(self._recent) > self.share.recall:
             self._recent.popitem(last=False)
         return self._recent[draw]
 
@@ -523,22 +546,7 @@ class Stream:
                     parts[part] = values(view.transform, parts[part].permute(0, 3, 1, 2))
                 elif role == "mask":
                     parts[part] = parts[part].long()
-        batches = []
-        for begin in range(0, len(self.rows), self.micro):
-            here = slice(begin, begin + self.micro)
-            rows = range(self.rows.start + begin, self.rows.start + begin + self.micro)
-            batches.append(
-                Batch(
-                    {name: tensor[here] for name, tensor in parts.items()},
-                    draw,
-                    rows,
-                    self.batch,
-                    self.seed,
-                    self.device,
-                    {name: found[here] for name, found in numbers.items()},
-                )
-            )
-        return batches
+        return self.share.micro_batches(draw, parts, numbers)
 
     def close(self) -> None:
         """Ends the background threads."""
