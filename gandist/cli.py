@@ -76,7 +76,9 @@ def _describe_dataset(dataset: Any) -> None:
     for name, shards in manifest.splits.items():
         skipped = manifest.counts[name].skipped if name in manifest.counts else 0
         count = f"{sum(s.samples for s in shards):,} samples in {len(shards)} shard{'s' * (len(shards) > 1)}"
-        rows.append((f"split {name}", count + f", {skipped:,} bad files passed over" * bool(skipped)))
+        rows.append(
+            (f"split {name}", count + f", {skipped:,} bad file{'s' * (skipped > 1)} passed over" * bool(skipped))
+        )
     if image:
         size = f"{image.width}×{image.height}" if image.height else "of several sizes"
         rows.append(("images", f"{size}, {image.channels} channel{'s' * (image.channels > 1)}"))
@@ -200,11 +202,23 @@ def pack(
     if not made:
         print(f"{out}: packed already from the same source (by its names, sizes and some of its bytes); nothing to do")
     _describe_dataset(dataset)
+    _print_hint(dataset)
+
+
+def _print_hint(dataset: Any) -> None:
+    """The command that trains on a dataset of images as it is."""
     image = dataset.manifest.image
     if image is None:
         return
     crop = " data.transform.crop=64" if image.height is None else ""
-    print(f"\ntrain on it:  gandist train configs/dcgan.yaml data.path={out} run.folder=runs/{out.name}{crop}")
+    samples = sum(shard.samples for shard in next(iter(dataset.manifest.splits.values())))
+    batch = f" run.batch={samples}" if samples < 64 else ""
+    place = dataset.location
+    print(
+        printable(
+            f"\ntrain on it:  gandist train configs/dcgan.yaml data.path={place} run.folder=runs/{Path(place).name}{crop}{batch}"
+        )
+    )
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -256,7 +270,7 @@ def index(
             progress=lambda done: bar.advance(task, done),
         )
     _describe_dataset(dataset)
-    print(f"\ntrain on it:  gandist train RECIPE data.path={dataset.location}")
+    _print_hint(dataset)
 
 
 @app.command()

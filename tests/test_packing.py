@@ -322,7 +322,7 @@ def test_a_shard_of_which_all_is_bad_is_passed_over_with_the_rest(gandist: Calla
     (tmp_path / "in" / "2.png").write_bytes(b"no")
     result = gandist("pack", tmp_path / "in", tmp_path / "out", "--bad", "skip", "--shard-samples", 1, "--no-shuffle")
     assert result.code == 0, result.err
-    assert "4 samples in 4 shards, 1 bad files passed over" in result.out
+    assert "4 samples in 4 shards, 1 bad file passed over" in result.out
     assert len([*(tmp_path / "out").glob("*.tar")]) == 4
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from gandist.data.dataset import ImageSpec, LabelSpec, SignalSpec, Spec
 from gandist.data.decode import ROLES, SIGNAL_SUFFIX, decoded, image_shape, label_number, signal_values
 from gandist.data.index import key_and_suffix
 from gandist.data.order import Permutation, places_of
-from gandist.data.storage import expand, open_stream, redact
+from gandist.data.storage import expand, is_remote, open_stream, redact
 from gandist.data.stream import PARTS, Batch, Fault, Share, view_spec
 from gandist.data.tar import check_sum, refusal, walk
 from gandist.data.transform import Moves, moves, values
@@ -109,6 +110,11 @@ def samples_of(urls: Sequence[str], allow_pipe: bool, buffer: int = 1, seed: int
 def locations(options: DataOptions) -> list[str]:
     """The shards that `data.path` stands for; raises InputError."""
     urls = expand(options.path)
+    for url in urls:
+        if not url.startswith("pipe:") and not is_remote(url) and Path(url).is_dir():
+            raise InputError(
+                f"{url}: is a folder; name its tars, such as {url}/train-{{000..003}}.tar, or use `reader: index`"
+            )
     if len(set(urls)) < len(urls):
         raise InputError("names a shard twice; each counts once")
     return urls
@@ -284,7 +290,9 @@ class PlainStream:
                         )
                         found = drawn.apply(transform, row, found) if moves(transform) else found
                     if found.shape != array.shape[1:]:
-                        raise ValueError(f"has shape {found.shape}, and the first sample says {array.shape[1:]}")
+                        raise ValueError(
+                            f"has shape {found.shape}, and the first sample says {array.shape[1:]}; images of several sizes want `data.transform.crop`"
+                        )
                     array[row] = found
             except ValueError as error:
                 raise Failure(f"{sample['__url__']}: sample {sample['__key__']!r} {error}") from None
