@@ -1,37 +1,164 @@
-"""Losses: tensors in, tensors out. Logits are (B,) and are reduced to a mean in fp32."""
+"""Losses: tensors in, tensors out. Logits are (B,) and are reduced to a mean in fp32, or in fp64 where they come in it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class Adversarial(NamedTuple):
-    """The two sides of one loss: `discriminator(real, fake)` by term, and `generator(fake)`."""
+    """The two sides of one loss: `discriminator(real, fake, smoothing)` by term, to be summed, and `generator(fake, real)`."""
 
-    discriminator: Callable[[Tensor, Tensor], dict[str, Tensor]]
-    generator: Callable[[Tensor], Tensor]
+    discriminator: Callable[[Tensor, Tensor, float], dict[str, Tensor]]
+    generator: Callable[[Tensor, Tensor | None], Tensor]
+    reads_real: bool = False  # the generator's loss needs the logits of real rows
+    smooths: bool = False  # one-sided label smoothing has a meaning; without it `smoothing` must be 0
 
 
-def classify(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Half precision widened to fp32; fp32 and fp64 as they are."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return mean_over_ranks(gradient)  # its own adjoint, and so differentiable again
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over the processes, of which each holds equally many rows; the tensor itself on one process.
+
+    A loss that bends an expectation, f(E y), is not the mean of the ranks' f(y_r). With y = (1/W) Σ_r y_r on every rank, the
+    loss of the whole batch is L = (1/W) Σ_r L_r(y), and dL/dy_s = (1/W) · (1/W) Σ_r ∂L_r/∂y. DDP means the ranks' gradients
+    of the weights, Σ_s (1/W) g_s ∂y_s/∂θ, which is dL/dθ if rank s goes on backwards with g_s = (1/W) Σ_r ∂L_r/∂y: the mean
+    of the gradient over the ranks. Forward and backward are collective, so every rank must call it, or none.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor
+    mean: Tensor = _MeanOverRanks.apply(tensor)  # type: ignore[no-untyped-call]
+    return mean
+
+
+def classify(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> dict[str, Tensor]:
     """−E log D(x) and −E log(1 − D(G(z))), with D = σ(logit): Goodfellow et al. 2014, Algorithm 1, ascent.
 
-    The optimum is D = p / (p + q), where the sum is −2·JSD(p, q) + log 4.
+    The optimum is D = p / (p + q), where the sum is −2·JSD(p, q) + log 4. With the target 1 − `smoothing` for real rows
+    (Salimans et al. 2016, section 3.4) it is D = (1 − smoothing) p / (p + q).
     """
-    return {"real": F.softplus(-real.float()).mean(), "fake": F.softplus(fake.float()).mean()}
+    accept = F.softplus(-at_least_fp32(real)).mean()
+    if smoothing:
+        # −(1 − s) log σ(l) − s log σ(−l) = softplus(−l) + s·l
+        accept = accept + smoothing * at_least_fp32(real).mean()
+    return {"real": accept, "fake": F.softplus(at_least_fp32(fake)).mean()}
 
 
-def minimax(fake: Tensor) -> Tensor:
+def minimax(fake: Tensor, real: Tensor | None = None) -> Tensor:
     """E log(1 − D(G(z))): Goodfellow et al. 2014, equation 1; weak where D rejects the fakes."""
-    return -F.softplus(fake.float()).mean()
+    return -F.softplus(at_least_fp32(fake)).mean()
 
 
-def non_saturating(fake: Tensor) -> Tensor:
+def non_saturating(fake: Tensor, real: Tensor | None = None) -> Tensor:
     """−E log D(G(z)): Goodfellow et al. 2014, section 3; the same fixed point, strong early gradients."""
-    return F.softplus(-fake.float()).mean()
+    return F.softplus(-at_least_fp32(fake)).mean()
 
 
-ADVERSARIAL = {"minimax": Adversarial(classify, minimax), "non_saturating": Adversarial(classify, non_saturating)}
+def regress(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """½ E (D(x) − 1)² and ½ E D(G(z))², with D = logit: Mao et al. 2017, section 3.2, targets 1 and 0.
+
+    The optimum is D = p / (p + q), and (1 − smoothing) times that where the target of real rows is 1 − `smoothing`.
+    """
+    accept = (at_least_fp32(real) - (1 - smoothing)).square().mean() / 2
+    return {"real": accept, "fake": at_least_fp32(fake).square().mean() / 2}
+
+
+def least_squares(fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """½ E (D(G(z)) − 1)²: Mao et al. 2017, section 3.2."""
+    return (at_least_fp32(fake) - 1).square().mean() / 2
+
+
+def margins(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """E max(0, 1 − D(x)) and E max(0, 1 + D(G(z))): Lim and Ye 2017; Miyato et al. 2018.
+
+    The optimum is D = sign(p − q), where the sum is 2 ∫ min(p, q).
+    """
+    assert smoothing == 0, "a margin has no target to smooth"
+    return {"real": F.relu(1 - at_least_fp32(real)).mean(), "fake": F.relu(1 + at_least_fp32(fake)).mean()}
+
+
+def separate(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """−E D(x) and E D(G(z)): Arjovsky et al. 2017, Algorithm 1; the sum is −W₁(p, q) for the best 1-Lipschitz critic."""
+    assert smoothing == 0, "a critic has no target to smooth"
+    return {"real": -at_least_fp32(real).mean(), "fake": at_least_fp32(fake).mean()}
+
+
+def raise_critic(fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """−E D(G(z)): the generator of the Wasserstein and of the hinge loss."""
+    return -at_least_fp32(fake).mean()
+
+
+def compare_pairs(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """−E log σ(D(x) − D(G(z))) over pairs: RpGAN, Jolicoeur-Martineau 2019; the loss of R3GAN, Huang et al. 2024.
+
+    Row i of one is paired with row i of the other. The optimum is D = log(p / q) up to a constant, where the term is
+    log 2 − JSD(p⊗q, q⊗p).
+    """
+    assert smoothing == 0, "a comparison has no target to smooth"
+    assert real.shape == fake.shape, (real.shape, fake.shape)
+    return {"pair": F.softplus(at_least_fp32(fake) - at_least_fp32(real)).mean()}
+
+
+def win_pairs(fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """−E log σ(D(G(z)) − D(x)) over pairs: RpGAN, Jolicoeur-Martineau 2019."""
+    assert real is not None
+    return compare_pairs(fake, real)["pair"]
+
+
+def compare_averages(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """−E log σ(D(x) − E D(G(z))) and −E log σ(E D(x) − D(G(z))): RaGAN, Jolicoeur-Martineau 2019.
+
+    The inner expectations are over the batch of all ranks.
+    """
+    assert smoothing == 0, "a comparison has no target to smooth"
+    real, fake = at_least_fp32(real), at_least_fp32(fake)
+    mean_real, mean_fake = mean_over_ranks(torch.stack([real.mean(), fake.mean()]))
+    return {"real": F.softplus(mean_fake - real).mean(), "fake": F.softplus(fake - mean_real).mean()}
+
+
+def win_averages(fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """−E log σ(D(G(z)) − E D(x)) − E log σ(E D(G(z)) − D(x)): RaGAN, Jolicoeur-Martineau 2019."""
+    assert real is not None
+    return torch.stack([*compare_averages(fake, real).values()]).sum()
+
+
+ADVERSARIAL: dict[str, Adversarial] = {
+    "minimax": Adversarial(classify, minimax, smooths=True),
+    "non_saturating": Adversarial(classify, non_saturating, smooths=True),
+    "least_squares": Adversarial(regress, least_squares, smooths=True),
+    "hinge": Adversarial(margins, raise_critic),
+    "wasserstein": Adversarial(separate, raise_critic),
+    "relativistic": Adversarial(compare_pairs, win_pairs, reads_real=True),
+    "relativistic_average": Adversarial(compare_averages, win_averages, reads_real=True),
+}
+
+
+def feature_matching(real: Tensor, fake: Tensor, norm: Literal["l1", "l2"]) -> Tensor:
+    """How far the mean features of fakes are from those of real rows: Salimans et al. 2016, section 3.1; (B, F) each.
+
+    The means are over the batch of all ranks. `l2` is the mean square over the features and `l1` the mean absolute difference,
+    as the released code has them for MNIST and for CIFAR-10 and SVHN; the paper writes the sum of squares.
+    """
+    assert real.ndim == fake.ndim == 2, (real.shape, fake.shape)
+    difference = mean_over_ranks(at_least_fp32(real).mean(0) - at_least_fp32(fake).mean(0))  # (F,)
+    return difference.abs().mean() if norm == "l1" else difference.square().mean()
