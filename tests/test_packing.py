@@ -111,6 +111,96 @@ def test_shuffling_permutes_splits_divide_and_keys_name_the_item(photos: Path, t
     assert manifest.counts["train"].labels != (72, 0, 0)  # class folders come in order, and a split is taken by chance
 
 
+def numbered(samples: int, first: int = 0) -> np.ndarray:
+    """Images that each show their number."""
+    return np.broadcast_to(np.arange(first, first + samples, dtype=np.uint8)[:, None, None], (samples, 4, 4))
+
+
+def shown(folder: Path, split: str) -> list[int]:
+    """What the images of a split show, in the order in which they lie."""
+    shards = [str(path) for path in sorted(folder.glob(f"{split}-*.tar"))]
+    return [int(sample["npy"].max()) for sample in webdataset.WebDataset(shards, shardshuffle=False).decode()]
+
+
+def test_a_count_takes_the_next_items_of_the_source_and_packs_them_as_if_they_were_all(tmp_path: Path) -> None:
+    np.savez(tmp_path / "all.npz", images=numbered(90))
+    np.savez(tmp_path / "first.npz", images=numbered(50))
+    counts = (("train", 50), ("validation", 10), ("rest", 30))
+    for shuffle in (None, 0, 7):
+        whole = packed(
+            tmp_path / "all.npz", tmp_path / f"all{shuffle}", splits=counts, shard_samples=20, shuffle=shuffle
+        )
+        packed(tmp_path / "first.npz", tmp_path / f"first{shuffle}", shard_samples=20, shuffle=shuffle)
+        assert [*whole.manifest.splits] == ["train", "validation", "rest"]
+        found = {split: shown(tmp_path / f"all{shuffle}", split) for split, _ in counts}
+        ranges = {"train": [*range(50)], "validation": [*range(50, 60)], "rest": [*range(60, 90)]}
+        assert {split: sorted(numbers) for split, numbers in found.items()} == ranges
+        assert (found == ranges) == (shuffle is None)
+        for path in (tmp_path / f"first{shuffle}").glob("train-*"):
+            assert path.read_bytes() == (tmp_path / f"all{shuffle}" / path.name).read_bytes()
+
+
+def test_a_count_is_the_same_in_processes_of_their_own(tmp_path: Path) -> None:
+    np.savez(tmp_path / "all.npz", images=numbered(30))
+    for workers in (1, 2):
+        packed(tmp_path / "all.npz", tmp_path / f"{workers}", workers, splits=(("a", 29), ("b", 1)), shard_samples=10)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize("shares", ["train=0.75,validation=0.25", "train=30,validation=10", "fit=10,tune=30"])
+def test_a_divided_source_has_its_train_divided_and_the_rest_left(
+    shares: str, gandist: Callable, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "x.npz", x_train=numbered(40), x_test=numbered(20, 100))
+    assert gandist("pack", tmp_path / "x.npz", tmp_path / "whole", "--workers", 1).code == 0
+    assert gandist("pack", tmp_path / "x.npz", tmp_path / "out", "--workers", 1, "--split", shares).code == 0
+    names = [share.partition("=")[0] for share in shares.split(",")]
+    assert {*Dataset(tmp_path / "out").manifest.splits} == {*names, "test"}
+    assert sorted(number for name in names for number in shown(tmp_path / "out", name)) == [*range(40)]
+    for name in ("test-000000.tar", "test-000000.idx"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_one_share_of_1_is_all_and_no_count(gandist: Callable, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=numbered(5))
+    for number, share in enumerate(["train=1", "train=1.0", "train = 1 "]):
+        assert gandist("pack", tmp_path / "x.npz", tmp_path / f"{number}", "--split", share).code == 0
+        assert contents(tmp_path / f"{number}") == contents(tmp_path / "0")
+    np.savez(tmp_path / "two.npz", images=numbered(2))
+    assert (
+        gandist("pack", tmp_path / "two.npz", tmp_path / "two", "--workers", 1, "--split", "train=1,test=1").code == 0
+    )
+    assert gandist("pack", tmp_path / "two.npz", tmp_path / "all", "--split", "train=2").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "shares", "rule"),
+    [
+        (("x_train", "x_test"), "train=30,validation=9", "the counts add up to 39, and the source has 40 samples in train"),
+        (("x_train", "x_test"), "train=50,validation=10", "the counts add up to 60, and the source has 40"),
+        (("x_train",), "train=41", "the counts add up to 41, and the source has 40"),
+        (("x_train", "x_test"), "train=30,test=10", "--split test: the source is divided already, into train, test"),
+        (("x_train", "x_test"), "train=0.5,test=0.5", "--split test: the source is divided already"),
+        (("x_test", "x_validation"), "train=0.5,rest=0.5", "divides the split train, and the source has only test, validation"),
+        (("x_train",), "train=20,validation=0.5", "20, 0.5 are counts and fractions"),
+        (("x_train",), "train=1,validation=0.5", "are counts and fractions"),
+        (("x_train",), "train=40,validation=0", "must be 1 or more"),
+        (("x_train",), "train=30.0,validation=10.0", "counts are whole numbers"),
+        (("x_train",), "train=3__0,validation=10", "must read NAME=FRACTION or NAME=COUNT"),
+        (("x_train",), f"train={'9' * 5000}", "counts are whole numbers"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("part", [(), ("--part", "1/2")])
+def test_shares_that_the_source_does_not_have_are_refused_and_nothing_is_written(
+    arrays: tuple[str, ...], shares: str, rule: str, part: tuple[str, ...], gandist: Callable, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "x.npz", **dict.fromkeys(arrays, numbered(40)))
+    result = gandist("pack", tmp_path / "x.npz", tmp_path / "out", "--split", shares, *part)
+    assert result.code == 2
+    assert rule in result.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_shard_of_a_shuffled_packing_holds_every_class(fashion: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "sorted.npz", images=np.zeros((4000, 4, 4), np.uint8), labels=np.repeat(np.arange(10), 400))
     packed(tmp_path / "sorted.npz", tmp_path / "out", shard_samples=500, shuffle=0)

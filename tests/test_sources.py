@@ -24,11 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, open_stream
 from PIL import Image
 
 from gandist.data.sources import Item, Source
+from gandist.data.sources.generated import GENERATED, OPEN_STRINGS, RATE, mixture, string
 from gandist.data.sources.open import open_source
+from gandist.inspection import picture
 from gandist.recipe import Failure, InputError
 
 RANDOM = np.random.default_rng(0)
@@ -732,6 +734,8 @@ def test_a_remote_archive_of_a_tree_is_not_taken_for_unlabelled_shards(
         ("gopher://x/y.tar", "not read"),
         ("nothing.tar", "does not exist; known: IDX"),
         ("embedded:fashion", "did you mean `fashion-mnist`"),
+        ("generated:grid", "did you mean `grid-25`"),
+        ("generated:", "no such formula; known: gaussian, grid-25, ring-8, strings"),
         ("x\0y", "NUL"),
         ("x" * 5000, "4096"),
         ("x" * 3000, "cannot be read|does not exist"),
@@ -743,3 +747,128 @@ def test_patterns_that_stand_for_nothing_are_named(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rule):
         load(pattern, tmp_path)
+
+
+def generated(name: str, tmp_path: Path, samples: int) -> tuple[np.ndarray, list[int | None]]:
+    """The first samples (N, C, L) of a formula, and their classes."""
+    read = load(f"generated:{name}", tmp_path).splits["train"].read
+    found = [read(number).members for number in range(samples)]
+    labels = [int(members["cls"]) if "cls" in members else None for members in found]
+    return np.stack([npy(members["signal.npy"]) for members in found]).astype(np.float64), labels
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_generated_item_is_the_same_alone_and_in_order_and_no_two_are_alike(name: str, tmp_path: Path) -> None:
+    first, second = load(f"generated:{name}", tmp_path), load(f"generated:{name}", tmp_path)
+    assert first.record == second.record == {"kind": "generated", "name": name, "version": 1}
+    digests = {split.digest for source in (first, second) for split in source.splits.values()}
+    assert len(digests) == len(first.splits)
+    seen = set()
+    for key, split in first.splits.items():
+        last = split.samples - 1
+        backwards = [second.splits[key].read(number) for number in (last, *reversed(range(30)))]
+        assert [split.read(number) for number in (*range(30), last)] == backwards[::-1]
+        seen |= {item.members["signal.npy"] for item in backwards}
+    assert len(seen) == 31 * len(first.splits)
+
+
+def assert_normal(values: np.ndarray) -> None:
+    """Moments of N(0, 1) to five standard errors: 1, √2 and √96 by √N for the first, second and fourth."""
+    count = np.sqrt(values.size)
+    assert abs(values.mean()) < 5 / count
+    assert abs((values**2).mean() - 1) < 5 * np.sqrt(2) / count
+    assert abs((values**4).mean() - 3) < 5 * np.sqrt(96) / count
+
+
+def test_a_gaussian_has_the_moments_of_its_law(tmp_path: Path) -> None:
+    values, labels = generated("gaussian", tmp_path, 4000)
+    assert values.shape == (4000, 1, 1)
+    assert {*labels} == {None}
+    assert_normal(values)
+    assert abs((values[1:] * values[:-1]).mean()) < 5 / np.sqrt(4000)  # neighbours know nothing of each other
+
+
+@pytest.mark.parametrize(("name", "modes", "nearest"), [("grid-25", 25, 2), ("ring-8", 8, 4 * np.sin(np.pi / 8))])
+def test_a_mixture_has_the_centres_and_the_deviation_that_it_is_said_to_have(
+    name: str, modes: int, nearest: float, tmp_path: Path
+) -> None:
+    centres, deviation = mixture(name)
+    assert centres.shape == (modes, 2)
+    distances = np.linalg.norm(centres[:, None] - centres, axis=2) + np.eye(modes) * 9
+    assert np.allclose(distances.min(1), nearest)
+    assert np.allclose(centres.mean(0), 0)
+    points, labels = generated(name, tmp_path, 4000)
+    assert points.shape == (4000, 2, 1)
+    away = (points[:, :, 0] - centres[labels]) / deviation
+    for axis in away.T:
+        assert_normal(axis)
+    assert abs((away[:, 0] * away[:, 1]).mean()) < 5 / np.sqrt(4000)
+    counts = np.bincount(labels, minlength=modes)
+    assert ((counts - 4000 / modes) ** 2).sum() / (4000 / modes) < modes - 1 + 5 * np.sqrt(2 * (modes - 1))  # χ²
+
+
+def test_only_mixtures_in_the_plane_have_centres() -> None:
+    assert np.array_equal(np.abs(mixture("grid-25")[0]).max(0), [4, 4])
+    assert np.allclose(np.linalg.norm(mixture("ring-8")[0], axis=1), 2)
+    with pytest.raises(InputError, match="gaussian: no mixture of Gaussians in the plane; known: grid-25, ring-8"):
+        mixture("gaussian")
+
+
+def test_open_strings_are_fourths_apart_but_for_one_third_and_tuned_to_440_hz() -> None:
+    semitones = 12 * np.log2(np.array([*OPEN_STRINGS.values()]) / 440)
+    assert np.allclose(semitones, np.cumsum([-29, 5, 5, 5, 4, 5]), atol=0.01)  # E2 lies 29 semitones below A4
+
+
+def test_a_string_is_the_sum_of_its_modes_and_its_spectrum_has_its_peaks_there(tmp_path: Path) -> None:
+    waves, labels = generated("strings", tmp_path, 40)
+    assert {*labels} == {*range(6)}
+    seconds = np.arange(1024) / RATE
+    hertz = np.fft.rfftfreq(1 << 16, 1 / RATE)
+    for number, (wave, label) in enumerate(zip(waves[:, 0], labels, strict=True)):
+        drawn = string(number)
+        assert label == drawn.label
+        assert abs(drawn.f0 / [*OPEN_STRINGS.values()][label] - 1) <= 0.02
+        n = np.arange(1, 60)
+        pitch = n * drawn.f0 * np.sqrt(1 + drawn.stiffness * n**2)
+        height = np.sin(n * np.pi * drawn.pluck) / n**2
+        decay = np.exp(-np.outer(drawn.damping + drawn.damping_growth * n**2, seconds))
+        heard = pitch < RATE / 2
+        summed = (height[:, None] * decay * np.sin(2 * np.pi * np.outer(pitch, seconds)))[heard].sum(0)
+        assert np.allclose(wave, summed / np.abs(summed).max() * 0.9, atol=1e-6)
+        assert np.abs(wave).max() == np.float32(0.9)
+        spectrum = np.abs(np.fft.rfft(wave * np.hanning(1024), 1 << 16))
+        for mode in range(8):
+            if abs(height[mode]) * (mode + 1) ** 2 > 0.3:  # others have a node where the string is plucked
+                near = np.abs(hertz - pitch[mode]) < drawn.f0 / 2
+                assert abs(hertz[near][spectrum[near].argmax()] - pitch[mode]) < 1, (number, mode)
+
+
+def test_strings_are_packed_by_the_command_and_are_read_and_drawn_as_signals(gandist: Callable, tmp_path: Path) -> None:
+    result = gandist("pack", "generated:strings", tmp_path / "out", "--workers", 1)
+    assert result.code == 0, result.err
+    for line in (
+        "9,000 samples in 3 shards",
+        "1,000 samples in 1 shard",
+        "1 channel of 1,024 values",
+        "6 E2, A2, D3, G3, B3, E4",
+    ):
+        assert line in result.out
+    source = json.loads((tmp_path / "out" / "dataset.json").read_text())["source"]
+    assert (source["kind"], source["name"], source["version"]) == ("generated", "strings", 1)
+    stream = open_stream(tmp_path / "out", parts=("signal", "label"), batch=8, split="test")
+    (batch,) = stream.read(0)
+    for row, number in enumerate(batch.numbers["signal"]):
+        drawn = string(9000 + int(stream.reader.key(number)))
+        assert np.array_equal(batch["signal"][row, 0].numpy(), drawn.waveform().astype(np.float32))
+        assert batch["label"][row] == drawn.label
+    drawings = picture(batch)
+    assert drawings.shape[:2] == (8, 1)
+    assert {*drawings.unique().tolist()} == {-1, 1}
+    stream.close()
+
+
+def test_a_size_has_no_effect_on_what_is_generated_and_is_refused(gandist: Callable, tmp_path: Path) -> None:
+    result = gandist("pack", "generated:grid-25", tmp_path / "out", "--size", 64)
+    assert result.code == 2
+    assert "--size 64: has no effect on generated signals" in result.err
+    assert not (tmp_path / "out").exists()

@@ -62,6 +62,7 @@ MAX_SHARD_SAMPLES = 100_000
 FITS = ("crop", "shorter", "stretch")
 Progress = Callable[[int, int], None]
 Record = dict[str, str | int | None]
+Shares = tuple[tuple[str, int | float], ...]
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,15 @@ class Options:
 
     `size` with `fit`: `crop` cuts out the central square and makes it size × size, `shorter` makes the shorter side `size`
     long, `stretch` makes size × size of the whole. `shuffle` is the seed of the order, None for the source's own. `splits` are
-    fractions by name. `bad` says what becomes of damaged files: `refuse` or `skip`.
+    the shares of the source's split `train` by name: floats are fractions of it, taken by chance, and whole numbers are counts,
+    taken in the source's order. `bad` says what becomes of damaged files: `refuse` or `skip`.
     """
 
     size: int | None = None
     fit: str = "crop"
     shard_samples: int = SHARD_SAMPLES
     shuffle: int | None = 0
-    splits: tuple[tuple[str, float], ...] = ()
+    splits: Shares = ()
     ignore: int | None = 255
     names: Names = ()
     bad: str = "refuse"
@@ -94,18 +96,32 @@ class Options:
             raise InputError(f"--shard-samples {self.shard_samples}: must be from 1 to {MAX_SHARD_SAMPLES:,}")
         if self.bad not in ("refuse", "skip"):
             raise InputError(f"--bad {self.bad}: must be refuse or skip")
-        fractions = [fraction for _, fraction in self.splits]
-        if self.splits and (
-            not all(map(math.isfinite, fractions)) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6
-        ):
-            raise InputError(
-                f"--split: the fractions {', '.join(map(str, fractions))} must be positive and add up to 1"
-            )
+        self._check_shares()
         for name, _ in self.splits:
             if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):
                 raise InputError(f"--split {name}: a split's name is small letters, digits and '_'")
         if len({name for name, _ in self.splits}) < len(self.splits):
             raise InputError("--split: a name stands twice")
+
+    @property
+    def counted(self) -> bool:
+        """Whether `splits` are counts."""
+        return any(isinstance(share, int) for _, share in self.splits)
+
+    def _check_shares(self) -> None:
+        given = [share for _, share in self.splits]
+        listed = ", ".join(map(str, given))
+        if self.counted:
+            if not all(isinstance(share, int) for share in given):
+                raise InputError(
+                    f"--split: {listed} are counts and fractions; give whole numbers alone, or fractions alone"
+                )
+            if min(given) < 1:
+                raise InputError(f"--split: the counts {listed} must be 1 or more")
+        elif given and (not all(map(math.isfinite, given)) or min(given) <= 0 or abs(sum(given) - 1) > 1e-6):
+            raise InputError(
+                f"--split: the fractions {listed} must be positive and add up to 1; counts are whole numbers, such as 50000"
+            )
 
 
 @dataclass(frozen=True)
@@ -160,21 +176,56 @@ class Packing:
         ]
 
 
+def _check_fits(found: Source, options: Options) -> None:
+    """Refuses a size where there are no images, and shares that the source cannot be divided into; raises InputError."""
+    if options.size is not None and found.record.get("kind") == "generated":
+        raise InputError(f"--size {options.size}: has no effect on generated signals; leave it out")
+    if not options.splits:
+        return
+    listed = ", ".join(found.splits)
+    if "train" not in found.splits:
+        raise InputError(f"--split: divides the split train, and the source has only {listed}; leave --split out")
+    for name, _ in options.splits:
+        if name != "train" and name in found.splits:
+            raise InputError(
+                f"--split {name}: the source is divided already, into {listed}; choose a name that none of these has"
+            )
+    samples, total = found.splits["train"].samples, sum(share for _, share in options.splits)
+    if options.counted and total != samples:
+        raise InputError(
+            f"--split: the counts add up to {total}, and the source has {samples} samples in train; the two must be equal"
+        )
+
+
 def _divide(found: Source, options: Options) -> Iterator[tuple[str, Split, npt.NDArray[np.int64]]]:
     """The splits with the items of each, in the order in which they are written."""
-    if options.splits and set(found.splits) != {"train"}:
-        raise InputError(f"--split: the source is divided already, into {', '.join(found.splits)}; leave --split out")
     for name, split in found.splits.items():
-        places = np.arange(split.samples, dtype=np.uint64)
-        shuffled = Permutation(split.samples, options.shuffle or 0, "pack", 0)(places).astype(np.int64)
-        if not options.splits:
-            yield name, split, shuffled if options.shuffle is not None else places.astype(np.int64)
-            continue
-        ends = np.round(np.cumsum([fraction for _, fraction in options.splits]) * split.samples).astype(int)
-        for (part, _), items in zip(options.splits, np.split(shuffled, ends[:-1]), strict=True):
-            if not len(items):
-                raise InputError(f"--split {part}: none of the {split.samples} samples would be in it")
-            yield part, split, items if options.shuffle is not None else np.sort(items)
+        if options.splits and name == "train":
+            for part, items in _parts(split.samples, options):
+                yield part, split, items
+        else:
+            yield name, split, _ordered(split.samples, options.shuffle)
+
+
+def _ordered(samples: int, shuffle: int | None) -> npt.NDArray[np.int64]:
+    places = np.arange(samples, dtype=np.uint64)
+    return (places if shuffle is None else Permutation(samples, shuffle, "pack", 0)(places)).astype(np.int64)
+
+
+def _parts(samples: int, options: Options) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """The items of each share; those of a count are shuffled as if there were no others."""
+    wanted = np.array([share for _, share in options.splits])
+    if options.counted:
+        for (part, _), count, end in zip(options.splits, wanted, np.cumsum(wanted), strict=True):
+            yield part, end - count + _ordered(int(count), options.shuffle)
+        return
+    ends = np.round(np.cumsum(wanted) * samples).astype(int)
+    for (part, _), items in zip(
+        options.splits, np.split(_ordered(samples, options.shuffle or 0), ends[:-1]), strict=True
+    ):
+        if not len(items):
+            raise InputError(f"--split {part}: none of the {samples} samples would be in it")
+        yield part, items if options.shuffle is not None else np.sort(items)
 
 
 def _fitted(image: Image.Image, size: int, fit: str, how: Image.Resampling) -> Image.Image:
@@ -354,6 +405,7 @@ def _understood(packing: Packing) -> tuple[Source, Record, Dataset | None]:
     """The source, what `dataset.json` is to say of it, and the dataset where it is there already; raises InputError."""
     packing.options.check()
     found = packing.open()
+    _check_fits(found, packing.options)
     record = packing.record(found)
     return found, record, _done_before(packing, record)
 
@@ -561,15 +613,21 @@ def _index_one(store: Store, name: str, folder: Path, decode: bool, progress: Ca
     return contents
 
 
-def shares(text: Iterable[str]) -> tuple[tuple[str, float], ...]:
-    """`train=0.9,test=0.1` as pairs; raises InputError."""
-    found = []
+def shares(text: Iterable[str]) -> Shares:
+    """`train=0.9,test=0.1` or `train=50000,validation=10000` as pairs; raises InputError.
+
+    A whole number is a count, but for 1 alone, which is all.
+    """
+    found: list[tuple[str, int | float]] = []
     for word in ",".join(text).split(","):
         name, equals, share = word.partition("=")
         try:
-            found.append((name.strip(), float(share)))
+            count = re.fullmatch(r"\s*\d[\d_]{0,17}\s*", share)
+            found.append((name.strip(), int(share) if count else float(share)))
         except ValueError:
             equals = ""
         if not equals:
-            raise InputError(f"--split {word!r}: must read NAME=FRACTION, such as train=0.9,test=0.1")
-    return tuple(found)
+            raise InputError(
+                f"--split {word!r}: must read NAME=FRACTION or NAME=COUNT, such as train=0.9,test=0.1 or train=50000,test=10000"
+            )
+    return ((found[0][0], 1.0),) if len(found) == 1 and found[0][1] == 1 else tuple(found)

@@ -18,6 +18,7 @@ from gandist.data.sources.arrays import (
     npz_source,
     refuse_pickle,
 )
+from gandist.data.sources.generated import GENERATED, generated_source
 from gandist.data.sources.shards import pattern_source, tar_source
 from gandist.data.sources.tables import csv_source
 from gandist.data.sources.trees import KNOWN, folder_tree, tree_source, zip_tree
@@ -40,6 +41,8 @@ def open_source(source: str, *, scratch: Path, allow_pipe: bool = False) -> Sour
     """
     if source.startswith("embedded:"):
         return embedded_source(source.removeprefix("embedded:"))
+    if source.startswith("generated:"):
+        return generated_source(source.removeprefix("generated:"))
     if not source or "\0" in source or len(source) > 4096:
         raise InputError(f"{source[:80]!r}: a source has 1 to 4096 characters, none of them NUL")
     if source.startswith(("pipe:", "file:")) or is_remote(source):
@@ -57,7 +60,8 @@ def open_source(source: str, *, scratch: Path, allow_pipe: bool = False) -> Sour
         raise InputError(f"{source}: neither a folder nor a plain file; known: {KNOWN}")
     if re.search(r"[{*?]", source):
         return pattern_source(source, scratch)
-    raise InputError(f"{source}: does not exist; known: {KNOWN}, and {', '.join('embedded:' + n for n in EMBEDDED)}")
+    made = [*(f"embedded:{name}" for name in EMBEDDED), *(f"generated:{name}" for name in GENERATED)]
+    raise InputError(f"{source}: does not exist; known: {KNOWN}, and {', '.join(made)}")
 
 
 def _folder(path: Path) -> Source:
