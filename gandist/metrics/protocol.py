@@ -1,0 +1,67 @@
+"""Protocol: the card that a score carries, so that only scores of one definition are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from gandist.recipe import InputError, Section
+
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Protocol(Section):
+    """How scores came about. All but `scores` and `versions` define them: `digest` is of those, and they must be equal."""
+
+    scores: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]
+    features: Name  # the network's name, the SHA-256 of its weights, and what it does to samples first
+    features_digest: Name
+    resize: Name
+    dataset: Name  # its digest
+    split: Name
+    reals: Count
+    fakes: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # of the noise and the subsets, not of the training
+    ema: bool  # whether the average weights made the samples
+    truncation: Annotated[float, Field(ge=0, strict=False)] | None = None
+    labels: Name | None = None  # how the classes of the samples are chosen; None: there are none
+    settings: dict[str, int | float] = {}  # of the scores: neighbours, subsets, splits …
+    versions: dict[str, str] = {}
+
+    loose: ClassVar[frozenset[str]] = frozenset({"scores", "versions"})
+
+    def defining(self) -> dict[str, Any]:
+        """What defines the scores, as plain values."""
+        return self.model_dump(mode="json", exclude=set(self.loose))
+
+    def digest(self) -> str:
+        """SHA-256 of what defines the scores."""
+        return hashlib.sha256(json.dumps(self.defining(), sort_keys=True).encode()).hexdigest()
+
+
+def installed() -> dict[str, str]:
+    """The versions of the packages whose arithmetic is in a score."""
+    return {name: version(name) for name in ("gandist", "torch", "torchmetrics")}
+
+
+def differences(a: Protocol, b: Protocol) -> list[str]:
+    """Each field that keeps two scores from being compared, with both values."""
+    first, second = a.defining(), b.defining()
+    found = [f"`{name}` {first[name]!r} and {second[name]!r}" for name in first if first[name] != second[name]]
+    if not set(a.scores) & set(b.scores):
+        found.insert(0, f"`scores` {list(a.scores)} and {list(b.scores)}, of which none is the same")
+    return found
+
+
+def refuse_comparison(a: Protocol, b: Protocol) -> list[str]:
+    """Raises InputError naming each difference between two protocols; returns warnings of other versions."""
+    if found := differences(a, b):
+        raise InputError(f"these scores cannot be compared: {'; '.join(found)}. Evaluate one of them as the other was")
+    names = sorted(a.versions.keys() | b.versions.keys())
+    pairs = [(name, a.versions.get(name, "none"), b.versions.get(name, "none")) for name in names]
+    return [f"{name} {one} and {other}: scores may differ by rounding" for name, one, other in pairs if one != other]
