@@ -6,45 +6,96 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from gandist.data.dataset import ImageSpec
+from gandist.networks.heads import (
+    Conditioned,
+    Conditioning,
+    Head,
+    Judge,
+    Judged,
+    MinibatchOptions,
+    normalise_spectra,
+)
 from gandist.recipe import Section
+
+__all__ = ["Conditioned", "Conditioning", "DiscriminatorOptions", "GeneratorOptions", "Judged", "Shape", "amount"]
+
+Shape = tuple[int, ...]  # of one sample: (C, H, W) of an image, (C, L) of a signal
 
 
 class GeneratorOptions(Section):
-    """A generator: (B, noise) in N(0, 1) to (B, C, H, W) in −1 … 1."""
+    """A generator: noise (B, noise) and, where there are classes, labels (B,), to samples (B, *shape): images in −1 … 1."""
 
     kind: str
-    smallest: ClassVar[int] = 1  # pixels of a side
+    axes: ClassVar[tuple[int, ...]] = (3,)  # how many axes a sample may have: 3 an image, 2 a signal
+    smallest: ClassVar[int] = 1  # pixels of a side, or values of a signal
+
+    def build(self, noise: int, shape: Shape, classes: int | None = None) -> nn.Module:
+        """The module with its initial weights, drawn from torch's global generator."""
+        if classes is None:
+            return self.module(noise, shape)
+        return Conditioned(classes, noise, self.module(2 * noise, shape))
 
     @abstractmethod
-    def build(self, noise: int, image: ImageSpec) -> nn.Module:
-        """The module with its initial weights, drawn from torch's global generator."""
+    def module(self, noise: int, shape: Shape) -> nn.Module:
+        """Noise (B, noise) to samples (B, *shape)."""
 
-    def faults(self, image: ImageSpec) -> Iterator[str]:
-        """Why it cannot make such images."""
-        yield from _too_small(self.kind, self.smallest, image)
+    @property
+    def start_samples(self) -> int:
+        """How many samples of the data its initial weights depend on."""
+        return 0
+
+    def start(self, module: nn.Module, samples: Tensor) -> None:
+        """Changes initial weights by the data: `start_samples` samples (N, *shape) of it, the same ones on every process."""
+
+    def faults(self, shape: Shape) -> Iterator[str]:
+        """Why it cannot make such samples."""
+        yield from _misfits(self, shape)
 
 
 class DiscriminatorOptions(Section):
-    """A discriminator: (B, C, H, W) in −1 … 1 to logits (B,), positive for real."""
+    """A discriminator: samples (B, *shape) and, where it is conditioned on them, labels (B,), to `Judged`."""
 
     kind: str
+    spectral_norm: bool = False
+    minibatch: MinibatchOptions | None = None
+    axes: ClassVar[tuple[int, ...]] = (3,)
     smallest: ClassVar[int] = 1
 
-    @abstractmethod
-    def build(self, image: ImageSpec) -> nn.Module:
+    def build(self, shape: Shape, classes: int | None = None, conditioning: Conditioning | None = None) -> nn.Module:
         """The module with its initial weights, drawn from torch's global generator."""
+        trunk, features = self.trunk(shape)
+        head = Head(features, classes if conditioning else None, conditioning, self.minibatch)
+        self.initialise(head)
+        judge = Judge(trunk, head)
+        if self.spectral_norm:
+            normalise_spectra(judge)
+        return judge
 
-    def faults(self, image: ImageSpec) -> Iterator[str]:
-        """Why it cannot judge such images."""
-        yield from _too_small(self.kind, self.smallest, image)
+    @abstractmethod
+    def trunk(self, shape: Shape) -> tuple[nn.Module, int]:
+        """Samples (B, *shape) to features (B, F), and F."""
+
+    def initialise(self, head: nn.Module) -> None:
+        """Gives the head its initial weights, where torch's own are not the family's."""
+
+    def faults(self, shape: Shape) -> Iterator[str]:
+        """Why it cannot judge such samples."""
+        yield from _misfits(self, shape)
 
 
-def _too_small(kind: str, smallest: int, image: ImageSpec) -> Iterator[str]:
-    if image.height is not None and image.width is not None and min(image.height, image.width) < smallest:
+def amount(shape: Shape) -> str:
+    """A shape in the user's words: 28×28, or 1,024 values."""
+    return f"{shape[2]}×{shape[1]}" if len(shape) == 3 else f"{shape[1]:,} values"
+
+
+def _misfits(options: GeneratorOptions | DiscriminatorOptions, shape: Shape) -> Iterator[str]:
+    if len(shape) not in options.axes:
+        yield f"`{options.kind}` is for {'images' if options.axes == (3,) else 'signals'}, and the dataset has {'images' if len(shape) == 3 else 'signals'}; use `{'dcgan' if len(shape) == 3 else 'signal'}` or `mlp`"
+    elif min(shape[1:]) < options.smallest:
+        what = "images of {} pixels a side" if len(shape) == 3 else "signals of {} values"
         yield (
-            f"`{kind}` needs images of {smallest} pixels a side or more, and the dataset has "
-            f"{image.width}×{image.height}; use `mlp`, or pack with --size"
+            f"`{options.kind}` needs {what.format(options.smallest)} or more, and the dataset has {amount(shape)}; "
+            "use `mlp`, or pack with --size"
         )
