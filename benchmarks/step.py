@@ -64,15 +64,15 @@ class Plain:
         ones, zeros = torch.ones(self.batch, device=real.device), torch.zeros(self.batch, device=real.device)
 
         self.discriminator.zero_grad()
-        loss_real = self.criterion(self.discriminator(real), ones)
+        loss_real = self.criterion(self.discriminator(real).logits, ones)
         loss_real.backward()
         fake = self.generator(torch.randn(self.batch, self.noise, device=real.device))
-        loss_fake = self.criterion(self.discriminator(fake.detach()), zeros)
+        loss_fake = self.criterion(self.discriminator(fake.detach()).logits, zeros)
         loss_fake.backward()
         self.optimizers[0].step()
 
         self.generator.zero_grad()
-        loss = self.criterion(self.discriminator(fake), ones)
+        loss = self.criterion(self.discriminator(fake).logits, ones)
         loss.backward()
         self.optimizers[1].step()
 

@@ -23,7 +23,7 @@ _UNLABELLED = {part for part, source in PARTS.items() if source.view != "labelle
 
 
 def _missing_parts(game: Game, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
-    for part in game.parts:
+    for part in game.parts(spec):
         if PARTS[part].role not in spec.roles:
             yield ("kind",), f"the game {game.kind} reads `{part}`, and the data has only {', '.join(spec.roles)}"
 
@@ -68,26 +68,26 @@ def contradictions(
             spec = None
             source.fault(("data",), str(error))
     if spec is not None and isinstance(game, Game):
-        faults = [*_missing_parts(game, spec)]
+        faults, parts = [*_missing_parts(game, spec)], set(game.parts(spec))
         for location, message in faults or game.faults(spec):
             source.fault(("game", *location), message)
-        if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & set(game.parts):
+        if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & parts:
             source.fault(
                 ("data", "unlabelled_transform"), f"the game {game.kind} reads no unlabelled images; leave it out"
             )
-        whole = bool(_UNLABELLED & set(game.parts))
+        whole = bool(_UNLABELLED & parts)
         if data is not None and data.subset is not None and data.shuffle == "window" and not whole:
             source.fault(
                 ("data", "shuffle"),
                 f"window has no effect: the game {game.kind} reads the subset alone, which is read in full; leave it out",
             )
     if run is not None:
-        parts = ranks() * run.accumulate
-        if run.batch % parts:
+        pieces = ranks() * run.accumulate
+        if run.batch % pieces:
             source.fault(
                 ("run", "batch"),
                 f"{run.batch} images cannot be split over {ranks()} processes with {run.accumulate} micro-batches each; "
-                f"use a multiple of {parts}",
+                f"use a multiple of {pieces}",
             )
         if "tensorboard" in run.trackers and importlib.util.find_spec("tensorboard") is None:
             source.fault(

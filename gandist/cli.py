@@ -104,7 +104,7 @@ def pack(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="a folder, an archive, arrays, a CSV, shards by pattern or URL, or embedded:fashion-mnist",
+            help="a folder, an archive, arrays, a CSV, shards by pattern or URL, embedded:fashion-mnist, or generated:NAME",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the dataset folder to make")],
@@ -117,7 +117,11 @@ def pack(
     ] = "crop",
     split: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SHARE,…", help="divide by chance, such as train=0.8,validation=0.1,test=0.1"),
+        typer.Option(
+            metavar="NAME=SHARE,…",
+            help="divide the source's train (other splits stay): fractions by chance, such as train=0.8,validation=0.1,test=0.1; "
+            "whole numbers in its order, such as train=50000,validation=10000",
+        ),
     ] = None,
     shuffle: Annotated[
         int | None,
@@ -152,7 +156,9 @@ def pack(
     SOURCE is one of: a folder of png, jpg, jpeg, webp or bmp files, whose subfolders become classes, in alphabetical order, or
     splits where they are called train, test and validation; a folder with images/ and masks/ (or labels/), paired by name; a .tar or
     .zip of such folders; a CSV of paths with labels and splits; IDX, NPZ and NPY arrays; CIFAR's binary version; 1-D signals as CSV or
-    NPY; or WebDataset shards: 'data/train-{000..127}.tar', https://…, s3://….
+    NPY; or WebDataset shards: 'data/train-{000..127}.tar', https://…, s3://…. Without any files: embedded:fashion-mnist, 10,000
+    garments; generated:grid-25 and generated:ring-8, points of a mixture of Gaussians in the plane, generated:gaussian, numbers
+    of N(0, 1), and generated:strings, waveforms of a plucked guitar, all as signals.
 
     Files are stored as they are, unless --size asks for another one. A packing that was stopped goes on where it was, and any
     number of processes writes the same bytes. On several machines with one disk, run --part 1/N to N/N with otherwise the same

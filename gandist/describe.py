@@ -28,10 +28,9 @@ def sides(recipe: Recipe, spec: Spec) -> dict[str, Side]:
     for name, side in recipe.game.sides(spec).items():
         with torch.device("meta"):
             module = side.build()
-            # Two rows, since batch statistics want more than one.
-            example = torch.zeros(2, *recipe.game.inputs(spec)[name])
+            examples = recipe.game.examples(spec)[name]  # of two rows, since batch statistics want more than one
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(example)
+            module(*examples)
         parameters = sum(p.numel() for p in module.parameters())
         copies = 4 + (side.options.ema is not None)
         found[name] = Side(parameters, counter.get_total_flops() // 2, 4 * copies * parameters)

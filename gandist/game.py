@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
-from gandist.player import Player, PlayerOptions
+from gandist.player import Player, PlayerOptions, Remembered
 from gandist.recipe import Choice, InputError, Section
 
 Players = Mapping[str, Player]
+BLOCK = 64  # samples that are made at once, whoever makes them: so they are the same for any number of processes
 
 
 class Loss(Protocol):
@@ -64,26 +66,34 @@ def always(_: Clock) -> bool:
 
 @dataclass(frozen=True)
 class Phase:
-    """One player's move: which player, which loss, how often, when."""
+    """One player's move: which player, which loss, how often, when; `hold` leaves its weights as they are until the step ends."""
 
     player: str
     loss: Loss
     repeat: int = 1
     when: Callable[[Clock], bool] = always
+    hold: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.hold and self.repeat > 1), "held gradients would be lost to the next repeat"
 
 
 class Side(NamedTuple):
-    """A player before it is built: its options, and a builder of its module, which draws its initial weights."""
+    """A player before it is built: its options, a builder of its module, which draws its initial weights, and its memory."""
 
     options: PlayerOptions
     build: Callable[[], nn.Module]
+    remembered: Remembered = Remembered()
 
 
 class Game(Section):
     """A game's fields are its recipe keys. To the loop it is players, phases and the parts of a batch that it reads."""
 
     kind: str
-    parts: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def parts(self, spec: Spec) -> tuple[str, ...]:
+        """The parts of a batch that it reads."""
 
     @abstractmethod
     def faults(self, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -98,12 +108,59 @@ class Game(Section):
         """The moves of one step, in order."""
 
     @abstractmethod
-    def inputs(self, spec: Spec) -> dict[str, tuple[int, ...]]:
-        """The shape, without the batch axis, of what each player is called with."""
+    def examples(self, spec: Spec) -> dict[str, tuple[Tensor, ...]]:
+        """What each player is called with, for two rows of zeros."""
+
+    @property
+    def start_samples(self) -> int:
+        """How many samples of the data the initial weights depend on."""
+        return 0
+
+    def start(self, players: Players, samples: Tensor) -> None:
+        """Changes initial weights by `start_samples` samples of the data, the same ones on every process."""
 
     @abstractmethod
-    def samples(self, players: Players, count: int, seed: int) -> Iterator[Tensor]:
-        """Images (B, C, H, W) in −1 … 1 to look at, `count` in all, the same for the same seed and weights."""
+    def samples(self, players: Players, spec: Spec, count: int, seed: int) -> Iterator[Tensor]:
+        """Images (B, C, H, W) in −1 … 1 or signals (B, C, L) to look at, the same for the same seed and weights."""
+
+
+class Generative(Game):
+    """A game whose player `generator` makes samples from noise, in blocks of `BLOCK` rows."""
+
+    @abstractmethod
+    def latents(self, block: int, seed: int, device: torch.device, truncation: float | None = None) -> Tensor:
+        """The noise (BLOCK, noise) of a block; with `truncation` none of it is larger than that."""
+
+    @abstractmethod
+    def classes(self, spec: Spec) -> int | None:
+        """The classes that the generator is conditioned on; None where it is not."""
+
+    @abstractmethod
+    def make(self, module: nn.Module, latents: Tensor, labels: Tensor | None) -> Tensor:
+        """Samples (B, *shape) of latents (B, noise)."""
+
+    def made(
+        self, players: Players, spec: Spec, count: int, seed: int, *, labels: Tensor | None = None,
+        truncation: float | None = None, first: int = 0, every: int = 1,
+    ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+        """The number of its first row and the rows of each block, on the device: of `count` samples, every `every`-th block from
+        block `first` on. `labels` (count,) are their classes, which take turns unless given."""
+        generator, classes = players["generator"], self.classes(spec)
+        if classes is not None and labels is None:
+            labels = torch.arange(count) % classes
+        with generator.evaluating() as module:
+            for block in range(first, -(-count // BLOCK), every):
+                rows = range(block * BLOCK, min(count, (block + 1) * BLOCK))
+                latents = self.latents(block, seed, generator.device, truncation)
+                asked = None
+                if labels is not None:
+                    asked = torch.zeros(BLOCK, dtype=torch.int64, device=generator.device)
+                    asked[: len(rows)] = labels[rows.start : rows.stop]
+                yield rows.start, self.make(module, latents, asked)[: len(rows)].float()
+
+    def samples(self, players: Players, spec: Spec, count: int, seed: int) -> Iterator[Tensor]:
+        for _, made in self.made(players, spec, count, seed):
+            yield made.cpu()
 
 
 def draws_each_step(phases: tuple[Phase, ...]) -> int:

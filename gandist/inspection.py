@@ -39,7 +39,7 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
     readers = [open_reader(recipe.data) for _ in range(world_size)]
     reader = readers[0].uncached()
     roles = reader.dataset.spec(recipe.data.split).roles
-    parts = {*recipe.game.parts, *(role for role in roles if PARTS[role].role == role)}
+    parts = {*recipe.game.parts(reader.dataset.spec(recipe.data.split)), *(role for role in roles if PARTS[role].role == role)}
     run, cpu = recipe.run, torch.device("cpu")
     streams = [
         Stream(opened, recipe.data, Share(sorted(parts), run.batch, run.seed, cpu, rank=rank, ranks=world_size))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
 
-from gandist.recipe import Section
+from gandist.recipe import Choice, Section
 
 Item = TypeVar("Item")
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -31,22 +33,93 @@ _KEEP_BUFFERS: dict[str, Any] = (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class AdamOptions(Section):
+class OptimizerOptions(Section):
+    """A rule that turns gradients into steps; fused, so that it leaves weights alone where `found_inf` is 1."""
+
+    kind: str
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+
+    @abstractmethod
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer with the whole of its state, which a checkpoint can then fill."""
+
+    def adjust(
+        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, images: int
+    ) -> None:
+        """Sets what changes with time, before the step that follows `images` images."""
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+
+class AdamOptions(OptimizerOptions):
     """Adam (Kingma and Ba 2015); β1 0.5 is DCGAN's."""
 
     kind: Literal["adam"] = "adam"
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     beta1: Rate = 0.5
     beta2: Rate = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
 
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        betas = self.beta1, self.beta2
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=betas, eps=self.eps, fused=True)
+        for parameter in parameters:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return optimizer
+
+
+class SgdOptions(OptimizerOptions):
+    """Gradient descent with momentum in its velocity form, v ← μ v − η g and θ ← θ + v, as in Goodfellow et al. 2014.
+
+    torch multiplies the whole velocity by the rate of the moment instead, which differs once the rate changes; here the gradient
+    is multiplied beforehand. μ goes from `momentum` to `final_momentum` at `momentum_images`, linearly.
+    """
+
+    kind: Literal["sgd"]
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Rate = 0.5
+    final_momentum: Rate | None = None
+    momentum_images: Images | None = None
+
+    @model_validator(mode="after")
+    def _ramp_is_whole(self) -> SgdOptions:
+        if (self.final_momentum is None) != (self.momentum_images is None):
+            raise ValueError("`final_momentum` and `momentum_images` come together")
+        return self
+
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=self.momentum, fused=True)
+        if self.momentum or self.final_momentum:
+            for parameter in parameters:
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        return optimizer
+
+    def adjust(
+        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, images: int
+    ) -> None:
+        torch._foreach_mul_(gradients, learning_rate)
+        if self.final_momentum is not None and self.momentum_images is not None:
+            passed = min(1.0, images / self.momentum_images)
+            for group in optimizer.param_groups:
+                group["momentum"] = self.momentum + (self.final_momentum - self.momentum) * passed
+
+
+OPTIMIZERS: dict[str, Callable[[], type[Section]]] = {"adam": lambda: AdamOptions, "sgd": lambda: SgdOptions}
+
 
 class ScheduleOptions(Section):
-    """The learning rate as a function of images: up over `warmup_images`, then down to `final` at `until_images`."""
+    """The learning rate as a function of images: up over `warmup_images`, then down to `final` at `until_images`.
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
+    `exponential` halves it every `half_life_images` and stops at `final`.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     warmup_images: Annotated[int, Field(ge=0)] = 0
     until_images: Images | None = None
+    half_life_images: Images | None = None
     final: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the learning rate
 
     @model_validator(mode="after")
@@ -55,7 +128,11 @@ class ScheduleOptions(Section):
             raise ValueError(
                 "`until_images` and `final` have no effect on a `constant` schedule; use `linear` or `cosine`"
             )
-        if self.kind != "constant" and self.until_images is None:
+        if (self.kind == "exponential") != (self.half_life_images is not None):
+            raise ValueError("`half_life_images` and an `exponential` schedule come together")
+        if self.kind == "exponential" and self.until_images is not None:
+            raise ValueError("`until_images` has no effect on an `exponential` schedule; leave it out")
+        if self.kind in ("linear", "cosine") and self.until_images is None:
             raise ValueError(f"a `{self.kind}` schedule needs `until_images`, where it reaches `final`")
         if self.until_images is not None and self.until_images <= self.warmup_images:
             raise ValueError(f"`until_images` {self.until_images} must lie beyond `warmup_images` {self.warmup_images}")
@@ -64,6 +141,8 @@ class ScheduleOptions(Section):
     def factor(self, images: int) -> float:
         """What the learning rate is multiplied by after `images` images."""
         warm = min(1.0, (images + 1) / self.warmup_images) if self.warmup_images else 1.0
+        if self.half_life_images is not None:
+            return warm * max(self.final, float(0.5 ** (images / self.half_life_images)))
         if self.until_images is None:
             return warm
         span = self.until_images - self.warmup_images
@@ -92,10 +171,28 @@ class EmaOptions(Section):
 class PlayerOptions(Section):
     """What every player has beside its network."""
 
-    optimizer: AdamOptions = AdamOptions()
+    optimizer: Annotated[
+        SerializeAsAny[OptimizerOptions], WrapValidator(Choice("an optimizer", lambda: OPTIMIZERS, "adam"))
+    ] = AdamOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_weights: Annotated[float, Field(gt=0)] | None = None  # of a Wasserstein critic (Arjovsky et al. 2017)
+    historical_averaging: Annotated[float, Field(gt=0)] | None = None  # weight of ‖θ − mean of all θ before‖²
     ema: EmaOptions | None = None
+
+
+Memory = Mapping[str, Tensor]
+
+
+class Remembered(NamedTuple):
+    """Numbers that a player keeps between its turns: how they begin, and how they follow from what it observed in a turn.
+
+    `update(memory, observed, images)` gets the means of all `observe`d values over micro-batches and ranks, and the images
+    that the turn stands for; the same on every rank, so that ranks stay equal.
+    """
+
+    initial: Mapping[str, float] = {}
+    update: Callable[[Memory, Memory, float], Memory] = lambda memory, observed, images: memory
 
 
 class Player:
@@ -114,6 +211,7 @@ class Player:
         *,
         device: torch.device,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        remembered: Remembered = Remembered(),  # noqa: B008 - an immutable tuple
     ) -> None:
         self.name, self.options, self.device = name, options, device
         self.module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -129,31 +227,40 @@ class Player:
         )
         self.parameters = list(self.module.parameters())
         self._statistics = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._spectral = [m for m in self.module.modules() if isinstance(m, parametrizations._SpectralNorm)]
         self._buffers = [b for b in self.module.buffers() if b.is_floating_point()]
         self._kept: list[Tensor] = []  # the statistics as they were before the turn
-        self.sees_batch = bool(self._statistics)  # its output for one row depends on the other rows
-        adam = options.optimizer
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, fused=True
-        )
-        for (
-            parameter
-        ) in self.parameters:  # what Adam would make at its first step: here, so that a checkpoint can fill it
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        # Whether its output for one row depends on the other rows.
+        self.sees_batch = bool(self._statistics) or any(getattr(m, "sees_batch", False) for m in self.module.modules())
+        self.optimizer = options.optimizer.build(self.parameters)
+        self._update = remembered.update
+        self.memory = {name: torch.tensor(float(value), device=device) for name, value in remembered.initial.items()}
+        self._observed: dict[str, list[Tensor]] = {}
+        self.history: dict[str, Tensor] = {}  # the mean of all earlier weights, for historical averaging
+        if options.historical_averaging is not None:
+            self.history = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+            self.history["steps"] = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)  # turns without a step, for gradients that were not finite
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.learning_rate = 0.0  # of the last turn
         self.moving = False
         self._freeze()
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor | None) -> Any:
         # One autocast context a forward: its cache of cast weights would outlive the optimizer's step otherwise.
         with self.autocast():
             return (self.wrapped if self.moving else self.module)(*inputs)
+
+    def precise(self, *inputs: Tensor | None) -> Any:
+        """What `__call__` gives, computed in fp32 whatever the precision: a penalty squares gradients, which bf16 cannot hold."""
+        with torch.autocast(self.device.type, enabled=False):
+            return (self.wrapped if self.moving else self.module)(*inputs)
+
+    def observe(self, **values: Tensor) -> None:
+        """Notes numbers of this turn, by name, for the player's memory; the same names on every rank."""
+        assert self.moving, f"{self.name}: observes in its own turn alone"
+        for name, value in values.items():
+            self._observed.setdefault(name, []).append(value.detach().float())
 
     def autocast(self) -> torch.autocast:
         """The precision that this player computes in."""
@@ -165,6 +272,8 @@ class Player:
             parameter.requires_grad_(False)
         for layer in self._statistics:
             layer.track_running_stats = False  # in training mode: normalise by the batch, and remember nothing
+        for norm in self._spectral:
+            norm.eval()  # no power iteration in others' turns
 
     def _thaw(self) -> None:
         self.moving = True
@@ -172,41 +281,52 @@ class Player:
             parameter.requires_grad_(True)
         for layer in self._statistics:
             layer.track_running_stats = True
+        for norm in self._spectral:
+            norm.train()
 
     @contextmanager
-    def turn(self, images: int, batch: float, micro_batches: int = 1) -> Iterator[Turn]:
+    def turn(self, images: int, batch: float, micro_batches: int = 1, hold: bool = False) -> Iterator[Turn]:
         """This player's move: thaw, accumulate gradients, then guard, clip, step, average and freeze.
 
         images: the clock before this step.  batch: images of the clock that this turn stands for, a step's share of repeats.
+        hold: the weights wait for `Turn.finish`, so that another player answers the old ones.
         """
-        turn = Turn(self, micro_batches)
+        turn = Turn(self, images, batch, micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
         self._kept = [buffer.clone() for buffer in self._buffers]
+        self._observed = {}
         self._thaw()
         try:
             yield turn
         finally:
             self._freeze()
         assert turn.left == 0, f"{self.name}: {turn.left} of {micro_batches} micro-batches had no backward"
+        if not hold:
+            turn.finish()
+
+    def finish(self, images: int, batch: float) -> Tensor:
+        """The second half of a turn, from gradients to weights; the norm of the gradients."""
         self.learning_rate = self.options.optimizer.learning_rate * self.options.schedule.factor(images)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        turn.norm, bad = self._step()
+        norm, bad = self._step(images)
         self._agree_on_statistics(bad)
+        self._remember(bad, batch)
         self._average(images + batch, batch)
+        return norm
 
     @torch.no_grad()
-    def _step(self) -> tuple[Tensor, Tensor]:
+    def _step(self, images: int) -> tuple[Tensor, Tensor]:
         """Steps unless a gradient is not finite; returns the norm before clipping, and 1 where it did not step.
 
         The device is never waited for.
         """
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self._pull_to_history()
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         bad = (~torch.isfinite(norm)).float()
         if self.options.clip_norm is not None:
             torch._foreach_mul_(gradients, (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.options.optimizer.adjust(self.optimizer, gradients, self.learning_rate, images)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -214,9 +334,40 @@ class Player:
             # Fused optimizers leave weights and moments alone where found_inf is 1, without the host looking at it.
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.optimizer.step()
+        if self.options.clip_weights is not None:
+            torch._foreach_clamp_min_(self.parameters, -self.options.clip_weights)
+            torch._foreach_clamp_max_(self.parameters, self.options.clip_weights)
         self.skipped += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
         return norm, bad
+
+    @torch.no_grad()
+    def _pull_to_history(self) -> None:
+        """Adds the gradient of w ‖θ − θ̄‖², θ̄ the mean of the weights at all earlier steps (Salimans et al. 2016, section 3.3).
+
+        It needs no data, so that it is added to the reduced gradient and costs no second backward.
+        """
+        if self.options.historical_averaging is None:
+            return
+        steps = self.history["steps"].add_(1)
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                away = parameter - self.history[name]
+                parameter.grad.add_(away, alpha=2 * self.options.historical_averaging)
+                self.history[name].add_(away / steps)
+
+    @torch.no_grad()
+    def _remember(self, bad: Tensor, images: float) -> None:
+        """Brings the memory up to date with what all ranks observed; a turn that did not step leaves no trace."""
+        if not self._observed:
+            return
+        names = sorted(self._observed)
+        means = torch.stack([torch.stack(self._observed[name]).mean() for name in names])
+        if self.ranks > 1:
+            dist.all_reduce(means)
+            means /= self.ranks
+        for name, new in self._update(self.memory, dict(zip(names, means, strict=True)), images).items():
+            self.memory[name].copy_(torch.where(bad.bool(), self.memory[name], new))
 
     @torch.no_grad()
     def _agree_on_statistics(self, bad: Tensor) -> None:
@@ -273,6 +424,9 @@ class Player:
         found = {"": dict(self.module.state_dict()), "optimizer": moments}
         if self.ema is not None:
             found["ema"] = dict(self.ema.state_dict())
+        for part, kept in {"memory": self.memory, "history": self.history}.items():
+            if kept:
+                found[part] = dict(kept)
         return found
 
     def restart_average(self) -> None:
@@ -293,9 +447,11 @@ class Player:
 class Turn:
     """What a player may do in its turn: one backward for each micro-batch, the last of which reduces over the ranks."""
 
-    def __init__(self, player: Player, micro_batches: int) -> None:
+    def __init__(self, player: Player, images: int, batch: float, micro_batches: int) -> None:
         self.player, self.micro_batches, self.left = player, micro_batches, micro_batches
+        self.images, self.batch = images, batch
         self.norm = torch.zeros(())
+        self.finished = False
 
     def accumulate(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Yields the micro-batches; all forwards and backwards but the last one's stay local."""
@@ -311,3 +467,8 @@ class Turn:
         """The gradient of `loss`, a mean over the rows of one micro-batch."""
         self.left -= 1
         self.player.scaler.scale(loss / self.micro_batches).backward()  # type: ignore[no-untyped-call]
+
+    def finish(self) -> None:
+        """Moves the weights, once; nothing to do where the turn was not held."""
+        if not self.finished:
+            self.norm, self.finished = self.player.finish(self.images, self.batch), True

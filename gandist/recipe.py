@@ -42,8 +42,10 @@ class Section(BaseModel):
 class Choice:
     """Validates a mapping as the section that its `kind` names; `kinds()` lists what is installed."""
 
-    def __init__(self, what: str, kinds: Callable[[], Mapping[str, Callable[[], type[Section]]]]) -> None:
-        self.what, self.kinds = what, kinds
+    def __init__(
+        self, what: str, kinds: Callable[[], Mapping[str, Callable[[], type[Section]]]], default: str | None = None
+    ) -> None:
+        self.what, self.kinds, self.default = what, kinds, default
 
     def pick(self, values: object) -> type[Section]:
         """The section class for `values`; raises ValueError when there is none."""
@@ -52,9 +54,9 @@ class Choice:
         kinds = self.kinds()
         if not isinstance(values, dict):
             raise ValueError(f"must be a mapping with a `kind`, one of {', '.join(sorted(kinds))}")
-        if "kind" not in values:
+        kind = values.get("kind", self.default)
+        if kind is None:
             raise ValueError(f"needs a `kind`, one of {', '.join(sorted(kinds))}")
-        kind = values["kind"]
         if not isinstance(kind, str) or kind not in kinds:
             raise ValueError(f"{kind!r} is not {self.what}{suggestion(str(kind), kinds)}")
         return kinds[kind]()

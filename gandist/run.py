@@ -39,7 +39,9 @@ def make_players(recipe: Recipe, spec: Spec, device: torch.device, precision: An
     players = {}
     for name, side in recipe.game.sides(spec).items():
         torch.manual_seed(derive(recipe.run.seed, f"weights/{name}"))
-        players[name] = Player(name, side.build(), side.options, device=device, precision=precision)
+        players[name] = Player(
+            name, side.build(), side.options, device=device, precision=precision, remembered=side.remembered
+        )
     return players
 
 
@@ -70,9 +72,11 @@ class Run:
             self._resume()
         elif init_from is not None:
             self._start_from()
+        elif self.game.start_samples:
+            self._start_from_data(allow_pipe)
         self.resumed_step = self.clock.step if resuming else -1
         share = Share(
-            self.game.parts,
+            self.game.parts(self.spec),
             recipe.run.batch,
             recipe.run.seed,
             world.device,
@@ -229,6 +233,24 @@ class Run:
         for player in self.players.values():
             player.restart_average()
 
+    def _start_from_data(self, allow_pipe: bool) -> None:
+        """Initial weights that depend on the data: rank 0 reads it, and the others get what it made of it."""
+        count = min(self.game.start_samples, self.spec.samples or self.recipe.run.batch)
+        if self.world.leads:
+            share = Share(self.game.parts(self.spec)[:1], count, self.recipe.run.seed, torch.device("cpu"))
+            stream = open_batches(self.recipe.data, share, allow_pipe)
+            try:
+                for fault in stream.ready([0]):
+                    if fault.number < 0 or not self.recipe.data.quarantine:
+                        raise Failure(fault.message)
+                (batch,) = stream.read(0)
+                self.game.start(self.players, batch[share.parts[0]])
+            finally:
+                stream.close()
+        self._share({name: tensors for name, tensors in self._files().items() if name in self.players})
+        for player in self.players.values():
+            player.restart_average()
+
     def _greet(self, resuming: bool) -> None:
         say = self.bar.say
         for warning in [*self.warnings, *self.stream.promises()]:
@@ -329,7 +351,7 @@ class Run:
 
     def _sample(self) -> None:
         if self._log:
-            made = torch.cat([*self.game.samples(self.players, SAMPLES, self.recipe.run.seed)])
+            made = torch.cat([*self.game.samples(self.players, self.spec, SAMPLES, self.recipe.run.seed)])
             self._log.picture("samples", grid(made), self.clock.images)
 
     def _save(self, last: bool) -> None:

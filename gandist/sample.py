@@ -31,10 +31,15 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
         if needed > found.files.get(f"{name}.safetensors", checkpoint.NO_FILE).bytes:
             raise Failure(f"{found.folder}: its recipe describes a larger {name} than the one it holds")
         player = players[name] = Player(
-            name, side.build(), side.options, device=device, precision=found.state.precision
+            name,
+            side.build(),
+            side.options,
+            device=device,
+            precision=found.state.precision,
+            remembered=side.remembered,
         )
         for part, tensors in player.tensors().items():
-            if part != "optimizer":
+            if part in ("", "ema"):
                 found.restore(f"{name}.{part}" if part else name, tensors)
     return game, players
 
@@ -42,7 +47,7 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
 def sample(found: checkpoint.Checkpoint, count: int, seed: int, device: torch.device) -> Iterator[Tensor]:
     """Images (B, C, H, W) in −1 … 1 of the average generator, `count` in all, the same for the same seed and checkpoint."""
     game, players = restored(found, device)
-    return game.samples(players, count, seed)
+    return game.samples(players, found.state.spec, count, seed)
 
 
 def write_images(batches: Iterator[Tensor], out: Path, single: bool) -> list[Path]:

@@ -17,7 +17,7 @@ DONE, STOPPED = 0, 75
 
 def step(run: Run, phases: tuple[Phase, ...]) -> None:
     """One step of the clock: every phase whose turn it is, each repeat with its own draw."""
-    clock, players = run.clock, run.players
+    clock, players, turns = run.clock, run.players, []
     accumulate = run.recipe.run.accumulate
     for place, (phase, numbers) in enumerate(zip(phases, draws(phases, clock.step), strict=True)):
         if not phase.when(clock):
@@ -25,12 +25,15 @@ def step(run: Run, phases: tuple[Phase, ...]) -> None:
         player = players[phase.player]
         for draw in numbers:
             torch.manual_seed(derive(run.recipe.run.seed, f"hidden/{place}", draw, run.world.rank))
-            with player.turn(clock.images, clock.batch / phase.repeat, accumulate) as turn:
+            with player.turn(clock.images, clock.batch / phase.repeat, accumulate, phase.hold) as turn:
                 for batch in turn.accumulate(run.stream.read(draw)):
                     loss, values = phase.loss(players, batch, clock)
                     turn.backward(loss)
                     run.meter.add(values)
-            run.meter.add({f"grad_norm/{player.name}": turn.norm})
+            turns.append(turn)
+    for turn in turns:
+        turn.finish()
+        run.meter.add({f"grad_norm/{turn.player.name}": turn.norm})
 
 
 def train(recipe: Recipe, world: World, init_from: Path | None = None, allow_pipe: bool = False) -> int:

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"seeding", "recipe"},
     {"data"},
-    {"losses", "networks"},
+    {"losses", "penalties", "augment", "networks", "metrics"},
     {"player"},
     {"game"},
     {"games"},
@@ -30,6 +30,7 @@ DOORS = {
     "fsspec": {"data/storage"},
     "wandb": {"log"},
     "safetensors": {"checkpoint"},
+    "torchmetrics": {"metrics/distribution"},
     "pickle": set(),
     "dill": set(),
     "joblib": set(),

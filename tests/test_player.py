@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from gandist.data.dataset import ImageSpec
 from gandist.networks import dcgan
 from gandist.player import EmaOptions, Player, PlayerOptions, ScheduleOptions
 
 CPU = torch.device("cpu")
-IMAGE = ImageSpec(height=16, width=16, channels=1)  # the smallest whose dcgan has a BatchNorm
+SHAPE = (1, 16, 16)  # the smallest whose dcgan has a BatchNorm
 
 
 def make(norm: str = "none", precision: str = "fp32", **options: object) -> Player:
     torch.manual_seed(1)
-    module = dcgan.Discriminator(kind="dcgan", width=4, norm=norm).build(IMAGE)
+    module = dcgan.Discriminator(kind="dcgan", width=4, norm=norm).build(SHAPE)
     return Player("discriminator", module, PlayerOptions(**options), device=CPU, precision=precision)
 
 
@@ -34,7 +33,7 @@ def test_outside_its_turn_a_player_is_frozen_and_its_statistics_stand_still() ->
     player = make("batch", ema=EmaOptions())
     before = state(player)
     image = torch.randn(4, 1, 16, 16, requires_grad=True)
-    player(image).sum().backward()
+    player(image).logits.sum().backward()
     assert image.grad is not None  # the gradient passes through to whoever made the image
     assert all(parameter.grad is None for parameter in player.parameters)
     assert same(state(player), before)
@@ -44,7 +43,7 @@ def test_in_its_turn_everything_of_it_moves() -> None:
     player = make("batch", ema=EmaOptions())
     before = state(player)
     with player.turn(0, 4) as turn:
-        turn.backward(player(torch.randn(4, 1, 16, 16)).square().mean())
+        turn.backward(player(torch.randn(4, 1, 16, 16)).logits.square().mean())
     after = state(player)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
@@ -54,10 +53,10 @@ def test_micro_batches_sum_to_the_gradient_of_the_batch(parts: int) -> None:
     whole, split = make(), make()
     images = torch.randn(8, 1, 16, 16)
     with whole.turn(0, 8) as turn:
-        turn.backward(whole(images).square().mean())
+        turn.backward(whole(images).logits.square().mean())
     with split.turn(0, 8, parts) as turn:
         for part in turn.accumulate(images.chunk(parts)):
-            turn.backward(split(part).square().mean())
+            turn.backward(split(part).logits.square().mean())
     for name, value in state(whole).items():
         assert torch.allclose(value, state(split)[name], atol=1e-6), name
 
@@ -65,7 +64,7 @@ def test_micro_batches_sum_to_the_gradient_of_the_batch(parts: int) -> None:
 def test_a_micro_batch_without_its_backward_is_a_programming_error() -> None:
     player = make()
     with pytest.raises(AssertionError, match="1 of 2 micro-batches had no backward"), player.turn(0, 4, 2) as turn:
-        turn.backward(player(torch.randn(2, 1, 16, 16)).mean())
+        turn.backward(player(torch.randn(2, 1, 16, 16)).logits.mean())
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
@@ -74,18 +73,18 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(clip:
     for value in (1.0, float("nan"), float("inf")):
         before = state(player)
         with player.turn(0, 4) as turn:
-            turn.backward(player(torch.randn(4, 1, 16, 16)).mean() * value)
+            turn.backward(player(torch.randn(4, 1, 16, 16)).logits.mean() * value)
         assert same(state(player), before) == (value != 1.0)
     assert (float(player.skipped), float(player.skipped_in_a_row)) == (2, 2)
     with player.turn(0, 4) as turn:
-        turn.backward(player(torch.randn(4, 1, 16, 16)).mean())
+        turn.backward(player(torch.randn(4, 1, 16, 16)).logits.mean())
     assert (float(player.skipped), float(player.skipped_in_a_row)) == (2, 0)
 
 
 def test_clipping_bounds_the_norm_that_the_optimizer_sees() -> None:
     player = make(clip_norm=0.5)
     with player.turn(0, 4) as turn:
-        turn.backward(player(torch.randn(4, 1, 16, 16)).mean() * 1e3)
+        turn.backward(player(torch.randn(4, 1, 16, 16)).logits.mean() * 1e3)
     seen = torch.stack([parameter.grad.norm() for parameter in player.parameters]).norm()
     assert turn.norm > 0.5
     assert seen.item() == pytest.approx(0.5, rel=1e-4)
@@ -98,10 +97,10 @@ def test_a_step_is_adams() -> None:
     for _ in range(3):
         images = torch.randn(4, 1, 16, 16)
         optimizer.zero_grad()
-        reference(images).square().mean().backward()
+        reference(images).logits.square().mean().backward()
         optimizer.step()
         with player.turn(0, 4) as turn:
-            turn.backward(player(images).square().mean())
+            turn.backward(player(images).logits.square().mean())
     for ours, theirs in zip(player.module.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-7)
 
@@ -118,7 +117,7 @@ def test_the_average_is_the_closed_form() -> None:
     expected = {name: value.clone() for name, value in player.tensors()["ema"].items()}
     for step in range(4):
         with player.turn(4 * step, 4) as turn:
-            turn.backward(player(torch.randn(4, 1, 16, 16)).square().mean())
+            turn.backward(player(torch.randn(4, 1, 16, 16)).logits.square().mean())
         for name, value in player.tensors()[""].items():
             expected[name] = expected[name].lerp(value, 1 - 0.5**0.5) if value.is_floating_point() else value.clone()
     for name, value in player.tensors()["ema"].items():
@@ -137,7 +136,7 @@ def test_the_schedule_reaches_the_optimizer() -> None:
     player = make(schedule=ScheduleOptions(kind="linear", until_images=100))
     for images, rate in ((0, 2e-4), (50, 1e-4), (100, 0.0)):
         with player.turn(images, 4) as turn:
-            turn.backward(player(torch.randn(4, 1, 16, 16)).mean())
+            turn.backward(player(torch.randn(4, 1, 16, 16)).logits.mean())
         assert player.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
         assert player.learning_rate == pytest.approx(rate)
 
@@ -145,7 +144,7 @@ def test_the_schedule_reaches_the_optimizer() -> None:
 def test_each_player_has_its_own_scaler_which_backs_off_alone() -> None:
     one, other = make(precision="fp16"), make(precision="fp16")
     with one.turn(0, 4) as turn:
-        turn.backward(one(torch.randn(4, 1, 16, 16)).mean() * 1e30)
+        turn.backward(one(torch.randn(4, 1, 16, 16)).logits.mean() * 1e30)
     assert one.scaler.get_scale() == other.scaler.get_scale() / 2
     assert float(one.skipped) == 1
 
@@ -156,10 +155,10 @@ def test_half_precision_computes_in_half_and_keeps_fp32_weights(precision: str) 
     reference = make()
     images = torch.randn(4, 1, 16, 16)
     with torch.no_grad():
-        assert player(images).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        assert torch.allclose(player(images).float(), reference(images), atol=2e-2)
+        assert player(images).logits.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        assert torch.allclose(player(images).logits.float(), reference(images).logits, atol=2e-2)
     with player.turn(0, 4) as turn:
-        turn.backward(player(images).float().mean())
+        turn.backward(player(images).logits.float().mean())
     assert all(parameter.dtype == torch.float32 for parameter in player.parameters)
 
 
@@ -184,7 +183,7 @@ def test_what_spoils_a_gradient_does_not_stay_in_the_statistics(precision: str) 
     player = make("batch", precision, ema=EmaOptions())
     before = state(player)
     with player.turn(0, 4) as turn:
-        turn.backward(player(torch.full((4, 1, 16, 16), float("inf"))).float().mean())
+        turn.backward(player(torch.full((4, 1, 16, 16), float("inf"))).logits.float().mean())
     assert float(player.skipped) == 1
     after = state(player)
     for name, value in before.items():

@@ -74,10 +74,18 @@ class Batch:
     def __getitem__(self, part: str) -> Tensor:
         return self.parts[part]
 
-    def normal(self, purpose: str, width: int) -> Tensor:
-        """(B, width) of N(0, 1): these rows of the noise of the global batch, so that any process count draws the same."""
-        generator = torch.Generator(self.device).manual_seed(derive(self.seed, purpose, self.draw))
-        noise = torch.randn(self.size, width, generator=generator, device=self.device)
+    def source(self, purpose: str) -> torch.Generator:
+        """Random numbers for the whole global batch, the same on every process, which then takes its own rows of them."""
+        return torch.Generator(self.device).manual_seed(derive(self.seed, purpose, self.draw))
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """(B, *shape) of N(0, 1): these rows of the noise of the global batch, so that any process count draws the same."""
+        noise = torch.randn(self.size, *shape, generator=self.source(purpose), device=self.device)
+        return noise[self.rows.start : self.rows.stop]
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """(B, *shape) of U(0, 1), likewise."""
+        noise = torch.rand(self.size, *shape, generator=self.source(purpose), device=self.device)
         return noise[self.rows.start : self.rows.stop]
 
 

@@ -1,24 +1,31 @@
-"""The gan game: Goodfellow et al. 2014. A generator makes images, a discriminator tells them from real ones."""
+"""The gan game: Goodfellow et al. 2014. A generator makes samples, a discriminator tells them from real ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, SerializeAsAny, WrapValidator
 from torch import Tensor
 
+from gandist import augment
+from gandist.augment import AdaOptions, DiffAugmentOptions
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
-from gandist.game import Clock, Game, Phase, Players, Side, network
+from gandist.game import BLOCK, Clock, Generative, Phase, Players, Side, network
+from gandist.games.regularisers import Regularisers, See, Shown, as_it_is
 from gandist.losses import ADVERSARIAL
-from gandist.networks import DiscriminatorOptions, GeneratorOptions
-from gandist.player import EmaOptions, Player, PlayerOptions
+from gandist.networks import Conditioning, DiscriminatorOptions, GeneratorOptions, Judged, Shape
+from gandist.player import EmaOptions, Memory, Player, PlayerOptions, Remembered
+from gandist.recipe import Choice, Section
 from gandist.seeding import derive
 
 Repeat = Annotated[int, Field(ge=1, le=100)]
+SPREAD = math.sqrt(3)  # uniform noise within ±√3 has variance 1
 
 
 class GeneratorSide(PlayerOptions):
@@ -36,75 +43,252 @@ class DiscriminatorSide(PlayerOptions):
     ]
 
 
-class Gan(Game):
-    """Algorithm 1: `discriminator_steps` steps of D, each with its own draw and noise, then one of G with fresh noise."""
+class Gan(Generative):
+    """Algorithm 1: `discriminator_steps` of D, each with its own draw and noise, then `generator_steps` of G with fresh noise.
+
+    `order: simultaneous` takes both steps from the old weights, as the code released with the paper does. With
+    `fresh_noise: false` G answers for the same fakes that D has just judged.
+    """
 
     kind: Literal["gan"]
-    loss: Literal["non_saturating", "minimax"] = "non_saturating"
+    loss: Literal[
+        "minimax", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic", "relativistic_average"
+    ] = "non_saturating"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # one-sided: the target of real is 1 less this
     noise: Annotated[int, Field(ge=1, le=65536)] = 100
+    noise_distribution: Literal["normal", "uniform"] = "normal"  # both of variance 1
+    fresh_noise: bool = True
+    order: Literal["alternating", "simultaneous"] = "alternating"
     discriminator_steps: Repeat = 1
+    generator_steps: Repeat = 1
+    conditional: Conditioning | None = None  # on the class: by projection, or by an auxiliary classifier
+    classifier_weight: Annotated[float, Field(gt=0)] = 1.0
+    augment: (
+        Annotated[SerializeAsAny[Section], WrapValidator(Choice("an augmentation", lambda: augment.AUGMENTATIONS))]
+        | None
+    ) = None
+    regularisers: Regularisers = Regularisers()
     generator: GeneratorSide
     discriminator: DiscriminatorSide
-    parts: ClassVar[tuple[str, ...]] = ("image",)
+
+    # ---- what it needs
+
+    def parts(self, spec: Spec) -> tuple[str, ...]:
+        sample = "signal" if spec.image is None and spec.signal is not None else "image"
+        return (sample, "label") if self.conditional else (sample,)
 
     def faults(self, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
-        assert spec.image is not None  # the parts of this game have been checked
-        if spec.image.height is None:
+        if spec.image is not None and spec.image.height is None:
             yield (
                 ("generator",),
                 "the images of `data.path` differ in size, and a generator makes one; set `data.transform.crop`, or pack them with --size",
             )
-        for fault in self.generator.network.faults(spec.image):
+            return
+        shape = sample_shape(spec)
+        for fault in self.generator.network.faults(shape):
             yield ("generator", "network", "kind"), fault
-        for fault in self.discriminator.network.faults(spec.image):
+        for fault in self.discriminator.network.faults(shape):
             yield ("discriminator", "network", "kind"), fault
+        if len(shape) == 2 and self.augment is not None:
+            yield ("augment",), "turns and colours images, and the dataset has signals; leave it out"
+        if len(shape) == 2 and self.regularisers.consistency is not None:
+            yield ("regularisers", "consistency"), "moves images, and the dataset has signals; leave it out"
+        yield from self._contradictions()
+
+    def _contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Settings without an effect, or against each other."""
+        if self.label_smoothing and not ADVERSARIAL[self.loss].smooths:
+            yield ("label_smoothing",), f"has no effect on the loss `{self.loss}`, whose targets are no probabilities"
+        if self.classifier_weight != 1.0 and self.conditional != "classifier":
+            yield ("classifier_weight",), "has no effect without `conditional: classifier`"
+        if self.order == "simultaneous" and (self.discriminator_steps > 1 or self.generator_steps > 1):
+            yield ("order",), "simultaneous takes one step of each player; leave the numbers of steps out"
+        if not self.fresh_noise and (self.discriminator_steps > 1 or self.generator_steps > 1):
+            yield ("fresh_noise",), "false needs one step of each player, which share their noise"
+        bounded = (
+            self.regularisers.bounds_slopes
+            or self.discriminator.clip_weights
+            or self.discriminator.network.spectral_norm
+        )
+        if self.loss == "wasserstein" and not bounded:
+            yield (
+                ("loss",),
+                "wasserstein needs a critic of bounded slope; add `regularisers: {gradient_penalty: {weight: 10}}`, "
+                "`discriminator.clip_weights: 0.01` or `spectral_norm`",
+            )
 
     def sides(self, spec: Spec) -> dict[str, Side]:
-        assert spec.image is not None
+        shape, classes = sample_shape(spec), self.classes(spec)
+        of_discriminator, of_generator = self.regularisers.remembered()
+        if isinstance(self.augment, AdaOptions) and self.augment.p is None:
+            of_discriminator |= {"ada_p": self.augment.start, "ada_signs": 0.0, "ada_turns": 0.0}
+        judge = partial(self.discriminator.network.build, shape, classes, self.conditional)
         return {
-            "generator": Side(self.generator, partial(self.generator.network.build, self.noise, spec.image)),
-            "discriminator": Side(self.discriminator, partial(self.discriminator.network.build, spec.image)),
+            "generator": Side(
+                self.generator,
+                partial(self.generator.network.build, self.noise, shape, classes),
+                Remembered(of_generator, self.regularisers.update),
+            ),
+            "discriminator": Side(self.discriminator, judge, Remembered(of_discriminator, self._remember)),
         }
 
-    def inputs(self, spec: Spec) -> dict[str, tuple[int, ...]]:
-        image = spec.image
-        assert image is not None
-        assert image.height is not None
-        assert image.width is not None
-        return {"generator": (self.noise,), "discriminator": (image.channels, image.height, image.width)}
+    def _remember(self, memory: Memory, observed: Memory, images: float) -> Memory:
+        new = self.regularisers.update(memory, observed, images)
+        if isinstance(self.augment, AdaOptions) and "ada_p" in memory:
+            signs, turns = memory["ada_signs"] + observed["sign"], memory["ada_turns"] + 1
+            full = turns >= self.augment.every
+            adjusted = augment.adjusted(memory["ada_p"], signs / turns, images * self.augment.every, self.augment)
+            new |= {
+                "ada_p": torch.where(full, adjusted, memory["ada_p"]),
+                "ada_signs": torch.where(full, torch.zeros_like(signs), signs),
+                "ada_turns": torch.where(full, torch.zeros_like(turns), turns),
+            }
+        return new
+
+    def examples(self, spec: Spec) -> dict[str, tuple[Tensor, ...]]:
+        labels = () if self.conditional is None else (torch.zeros(2, dtype=torch.int64),)
+        return {
+            "generator": (torch.zeros(2, self.noise), *labels),
+            "discriminator": (torch.zeros(2, *sample_shape(spec)), *labels),
+        }
+
+    def classes(self, spec: Spec) -> int | None:
+        """The classes that the game is conditioned on; None where it is not."""
+        return spec.label.classes if self.conditional is not None and spec.label is not None else None
+
+    @property
+    def start_samples(self) -> int:
+        return self.generator.network.start_samples
+
+    def start(self, players: Players, samples: Tensor) -> None:
+        self.generator.network.start(players["generator"].module, samples)
+
+    # ---- how it is played
 
     def phases(self) -> tuple[Phase, ...]:
+        hold = self.order == "simultaneous"
         return (
-            Phase("discriminator", self.discriminator_loss, repeat=self.discriminator_steps),
-            Phase("generator", self.generator_loss),
+            Phase("discriminator", self.discriminator_loss, repeat=self.discriminator_steps, hold=hold),
+            Phase("generator", self.generator_loss, repeat=self.generator_steps, hold=hold),
         )
 
     def discriminator_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
-        fake = players["generator"](batch.normal("noise/discriminator", self.noise))
-        real, fake = judge(players["discriminator"], batch["image"], fake)
-        terms = ADVERSARIAL[self.loss].discriminator(real, fake)
+        discriminator, labels = players["discriminator"], self._labels(batch)
+        real, noise = batch["signal" if "signal" in batch.parts else "image"], self._noise(batch, "discriminator")
+        fake = _made(players["generator"], noise, labels)
+        see, see_fake = (self._augmentation(discriminator, batch, f"discriminator/{kind}") for kind in ("real", "fake"))
+        verdict_real, verdict_fake = judge(discriminator, see(real), see_fake(fake), labels)
+        logits_real, logits_fake = verdict_real.logits.float(), verdict_fake.logits.float()
+        terms = ADVERSARIAL[self.loss].discriminator(logits_real, logits_fake, self.label_smoothing)
+        if verdict_real.classes is not None and labels is not None:
+            terms["class"] = self.classifier_weight * F.cross_entropy(verdict_real.classes.float(), labels)
         values = {f"loss/discriminator/{name}": term.detach() for name, term in terms.items()}
-        values |= {"logits/real": real.detach().mean(), "logits/fake": fake.detach().mean()}
+        shown = Shown(batch, labels, real, fake, see, see_fake, verdict_real, verdict_fake)
+        for name, penalty, weight in self.regularisers.of_discriminator(discriminator, shown, clock):
+            values[f"penalty/{name}"] = penalty.detach()
+            terms[name] = weight * penalty
+        sign = logits_real.detach().sign().mean()
+        if "ada_p" in discriminator.memory:
+            discriminator.observe(sign=sign)
+            values["augment/p"] = discriminator.memory["ada_p"].clone()
+        values |= {
+            "logits/real": logits_real.detach().mean(),
+            "logits/fake": logits_fake.detach().mean(),
+            "accuracy/real": (logits_real > 0).float().mean(),
+            "accuracy/fake": (logits_fake < 0).float().mean(),
+            "sign/real": sign,
+        }
         return torch.stack([*terms.values()]).sum(), values
 
     def generator_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
-        fake = players["generator"](batch.normal("noise/generator", self.noise))
-        loss = ADVERSARIAL[self.loss].generator(players["discriminator"](fake))
-        return loss, {"loss/generator/adversarial": loss.detach()}
+        generator, discriminator, labels = players["generator"], players["discriminator"], self._labels(batch)
+        noise = self._noise(batch, "generator" if self.fresh_noise else "discriminator")
+        see = self._augmentation(discriminator, batch, "generator/fake")
+        verdict = discriminator(see(_made(generator, noise, labels)), labels)
+        real: Judged | None = None
+        if ADVERSARIAL[self.loss].reads_real or self.regularisers.feature_matching is not None:
+            sample = batch["signal" if "signal" in batch.parts else "image"]
+            real = discriminator(self._augmentation(discriminator, batch, "generator/real")(sample), labels)
+        logits_real = real.logits.float() if real is not None else None
+        terms = {"adversarial": ADVERSARIAL[self.loss].generator(verdict.logits.float(), logits_real)}
+        if verdict.classes is not None and labels is not None:
+            terms["class"] = self.classifier_weight * F.cross_entropy(verdict.classes.float(), labels)
+        values = {f"loss/generator/{name}": term.detach() for name, term in terms.items()}
 
-    def samples(self, players: Players, count: int, seed: int) -> Iterator[Tensor]:
-        generator = players["generator"]
-        with generator.evaluating() as module:
-            for first in range(0, count, 64):
-                rows = min(64, count - first)
-                source = torch.Generator(generator.device).manual_seed(derive(seed, "samples", first))
-                noise = torch.randn(64, self.noise, generator=source, device=generator.device)
-                yield module(noise)[:rows].float().cpu()
+        def remake(latents: Tensor) -> Tensor:
+            made: Tensor = generator.precise(*([latents] if labels is None else [latents, labels]))
+            return made
+
+        for name, penalty, weight in self.regularisers.of_generator(
+            generator, verdict, real, remake, noise, batch, clock
+        ):
+            values[f"penalty/{name}"] = penalty.detach()
+            terms[name] = weight * penalty
+        return torch.stack([*terms.values()]).sum(), values
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        """The classes of the real rows, which are also asked of the fakes: so both have the distribution of the data."""
+        return batch["label"] if self.conditional is not None else None
+
+    def _noise(self, batch: Batch, phase: str) -> Tensor:
+        if self.noise_distribution == "uniform":
+            return (2 * batch.uniform(f"noise/{phase}", self.noise) - 1) * SPREAD
+        return batch.normal(f"noise/{phase}", self.noise)
+
+    def _augmentation(self, discriminator: Player, batch: Batch, purpose: str) -> See:
+        """How the discriminator sees rows of this batch; the same turns and colours for them at each call."""
+        if self.augment is None:
+            return as_it_is
+        assert isinstance(self.augment, AdaOptions | DiffAugmentOptions)
+        channels, height, width = batch["image"].shape[1:]
+        drawn = augment.draw(
+            self.augment, batch.size, (channels, height, width), batch.source(f"augment/{purpose}"), batch.device
+        )
+        p = discriminator.memory.get("ada_p")
+        return partial(augment.apply, parameters=drawn.rows(batch.rows), p=None if p is None else p.clone())
+
+    # ---- what it is for
+
+    def latents(self, block: int, seed: int, device: torch.device, truncation: float | None = None) -> Tensor:
+        source = torch.Generator(device).manual_seed(derive(seed, "samples", block * BLOCK))
+        if self.noise_distribution == "uniform":
+            return (2 * torch.rand(BLOCK, self.noise, generator=source, device=device) - 1) * SPREAD
+        if truncation is None:
+            return torch.randn(BLOCK, self.noise, generator=source, device=device)
+        # By the inverse of the normal distribution: one draw a number, whatever the truncation.
+        edge = torch.special.ndtr(torch.tensor(truncation, dtype=torch.float64)).item()
+        drawn = torch.rand(BLOCK, self.noise, generator=source, device=device, dtype=torch.float64)
+        noise: Tensor = torch.special.ndtri(1 - edge + drawn * (2 * edge - 1)).float()
+        return noise
+
+    def make(self, module: Any, latents: Tensor, labels: Tensor | None) -> Tensor:
+        made: Tensor = module(latents) if labels is None else module(latents, labels)
+        return made
 
 
-def judge(discriminator: Player, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B,) of both: in one forward, unless its statistics would mix real and fake rows."""
+def sample_shape(spec: Spec) -> Shape:
+    """(C, H, W) of an image or (C, L) of a signal."""
+    if spec.image is None:
+        assert spec.signal is not None  # the parts of this game have been checked
+        return spec.signal.channels, spec.signal.length
+    assert spec.image.height is not None
+    assert spec.image.width is not None
+    return spec.image.channels, spec.image.height, spec.image.width
+
+
+def judge(discriminator: Player, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Judged, Judged]:
+    """Verdicts on both: in one forward, unless its statistics would mix real and fake rows."""
     if discriminator.sees_batch:
-        return discriminator(real), discriminator(fake)
-    logits_real, logits_fake = discriminator(torch.cat([real, fake.to(real.dtype)])).split([len(real), len(fake)])
-    return logits_real, logits_fake
+        return discriminator(real, labels), discriminator(fake, labels)
+    both: Judged = discriminator(torch.cat([real, fake.to(real.dtype)]), None if labels is None else labels.repeat(2))
+    count = len(real)
+    classes = both.classes
+    return (
+        Judged(both.logits[:count], both.features[:count], None if classes is None else classes[:count]),
+        Judged(both.logits[count:], both.features[count:], None if classes is None else classes[count:]),
+    )
+
+
+def _made(generator: Player, noise: Tensor, labels: Tensor | None) -> Tensor:
+    made: Tensor = generator(noise) if labels is None else generator(noise, labels)
+    return made
