@@ -225,7 +225,7 @@ class Checkpoint:
         if file not in self.files:
             raise Failure(f"{self.folder / file}: not in the checkpoint")
         data = self._read(file, self.files[file])
-        _check_header(self.folder / file, data)
+        check_header(self.folder / file, data)
         try:
             tensors = safetensors.torch.load(data)
         except safetensors.SafetensorError as error:
@@ -255,7 +255,7 @@ class Checkpoint:
                 tensor.copy_(found[key])
 
 
-def _check_header(path: Path, data: bytes) -> None:
+def check_header(path: Path, data: bytes) -> None:
     """Bounds on the header before safetensors parses it: it takes the last of duplicate keys, and any length."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import sys
 from importlib.metadata import version
@@ -30,6 +31,7 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, such as configs/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="such as run.images=1000000")]
 AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="let `data.path` run commands: pipe:COMMAND")]
+SHOWN_OF_PROTOCOL = ("features", "split", "reals", "fakes", "seed", "ema", "truncation", "labels")
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or one of its checkpoints/images_…")]
 
 
@@ -406,25 +408,156 @@ def train(
 
 
 @app.command()
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="print the scores beside those of an earlier evaluation")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for evaluations/; that of the run unless given")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+) -> None:
+    """Score a run on its data: the game's scores, each with the protocol that defines it.
+
+    `data.…` and `game.scores.…` may be changed: game.scores.fakes=50000, 'game.scores.features={kind: efficientnet_lite0}',
+    game.scores.split=test. On many processes (accelerate launch … -m gandist evaluate …) the result is the same.
+    """
+    from gandist import checkpoint
+    from gandist.evaluate import against as compared
+    from gandist.evaluate import evaluate as judge
+    from gandist.launcher import World
+
+    found = checkpoint.find(run)
+    world = World.join(found.state.precision)
+    try:
+        evaluation, path = judge(found, overrides or [], world, out)
+    finally:
+        world.leave()
+    if evaluation is None:
+        return
+    beside = compared(evaluation, against) if against is not None else []
+    if as_json:
+        print(json.dumps({"images": found.state.images, **evaluation.scores, "protocol": evaluation.protocol}))
+        return
+    earlier = {name: before for name, _, before in beside}
+    _table(
+        [
+            (name, f"{value:.6g}" + (f"  (before: {earlier[name]:.6g})" if name in earlier else ""))
+            for name, value in evaluation.scores.items()
+        ]
+        + [("protocol", ", ".join(f"{name} {evaluation.protocol[name]}" for name in SHOWN_OF_PROTOCOL))]
+        + [("written to", str(path))]
+    )
+
+
+@app.command()
 def sample(
     run: RunPath,
-    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="images to make")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="which images")] = 0,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1_000_000, help="samples, strips or rows; 64 unless given, 8 with --interpolate or --neighbours"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="which samples")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder; by default one in RUN/samples")] = None,
-    single: Annotated[bool, typer.Option("--single", help="one PNG an image instead of a grid")] = False,
+    classes: Annotated[
+        str | None,
+        typer.Option("--class", metavar="CLASS,…", help="names or numbers; all classes take turns unless given"),
+    ] = None,
+    truncation: Annotated[
+        float | None, typer.Option(metavar="T", help="noise within ±T alone: fewer odd samples, and fewer kinds")
+    ] = None,
+    single: Annotated[bool, typer.Option("--single", help="a file for each: PNG, of signals .npy")] = False,
+    shards: Annotated[bool, typer.Option("--shards", help="a dataset, as `pack` makes it")] = False,
+    interpolate: Annotated[
+        int | None, typer.Option(metavar="FRAMES", help="strips from one sample to another in so many steps")
+    ] = None,
+    video: Annotated[
+        bool, typer.Option("--video", help="the strips as a video as well (WebP, and its frames)")
+    ] = False,
+    neighbours: Annotated[
+        int | None, typer.Option(metavar="K", help="each sample beside the K nearest real ones of the run's dataset")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="what --neighbours measures in, such as inception; else pixels, or the values"
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="another dataset for --neighbours")] = None,
 ) -> None:
-    """Make images with the generator of a run."""
+    """Make samples with the generator of a run: a sheet of them, unless something else is asked for.
+
+    The same seed gives the same samples, whatever their count; docs/sampling.md says more.
+    """
     import torch
 
     from gandist import checkpoint
-    from gandist.sample import sample as make
-    from gandist.sample import write_images
+    from gandist import sample as making
+    from gandist.pictures import shown
+
+    asked = {"--single": single, "--shards": shards, "--interpolate": interpolate is not None, "--neighbours": neighbours is not None}  # fmt: skip
+    forms = [name for name, given in asked.items() if given]
+    if len(forms) > 1:
+        raise InputError(f"{' and '.join(forms)} contradict each other; give one")
+    for name, given, form in (("--video", video, "--interpolate"), ("--features", features, "--neighbours"), ("--data", data, "--neighbours")):  # fmt: skip
+        if given and form not in forms:
+            raise InputError(f"{name}: has no effect without {form}")
+    found = checkpoint.find(run)
+    device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
+        "cpu"
+    )
+    strips = interpolate is not None or neighbours is not None
+    wanted = making.Asked(count or (8 if strips else shown(found.state.spec)), seed, classes, truncation)
+    sampler = making.Sampler(found, device, wanted)
+    kind = "_single" * single + "_shards" * shards
+    folder = out or found.folder.parent.parent / "samples" / f"{found.folder.name}_seed_{seed}{kind}"
+    with _bar("sampling") as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if single:
+            lines = making.write_single(sampler, folder, progress)
+        elif shards:
+            lines = making.write_shards(sampler, folder, progress)
+        elif interpolate is not None:
+            lines = making.write_interpolation(sampler, folder, interpolate, video)
+        elif neighbours is not None:
+            lines = making.write_neighbours(sampler, folder, neighbours, features, data, progress)
+        else:
+            lines = making.write_sheet(sampler, folder)
+        told = [*lines]
+    for line in told:
+        print(printable(line))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to make; new, or empty")],
+    player: Annotated[str, typer.Option(help="generator or discriminator")] = "generator",
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx", help="write model.onnx as well, and compare it with PyTorch (pip install 'gandist[onnx]')"
+        ),
+    ] = False,
+) -> None:
+    """Write a player's average weights as safetensors, JSON and a card, for `gandist.load(OUT)` and for the Hugging Face hub."""
+    from gandist import checkpoint
+    from gandist.export import export as write
 
     found = checkpoint.find(run)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    folder = out or found.folder.parent.parent / "samples" / f"{found.folder.name}_seed_{seed}"
-    paths = write_images(make(found, count, seed, device or torch.device("cpu")), folder, single)
-    print(f"{count} images of {found.folder} (seed {seed}): {paths[0] if len(paths) == 1 else folder}")
+    written = write(found, out, player, onnx)
+    weights = "average weights" if written.config.average else "weights"
+    print(
+        printable(f"{out}: the {player} of {found.folder}, {written.parameters:,} {weights}: {' '.join(written.files)}")
+    )
+    for rows, difference in written.differences.items():
+        print(f"model.onnx and PyTorch differ by at most {difference:.1e} for {rows} row{'s' * (rows > 1)}")
 
 
 def printable(text: str, limit: int = 200_000) -> str:

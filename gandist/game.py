@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
+from gandist.health import Symptom
 from gandist.player import Player, PlayerOptions, Remembered
-from gandist.recipe import Choice, InputError, Section
+from gandist.recipe import Choice, DataOptions, InputError, Section
 
 Players = Mapping[str, Player]
+SAMPLES = 64  # in the grids that a run draws of itself
 BLOCK = 64  # samples that are made at once, whoever makes them: so they are the same for any number of processes
 
 
@@ -86,6 +88,19 @@ class Side(NamedTuple):
     remembered: Remembered = Remembered()
 
 
+class Evaluation(NamedTuple):
+    """Scores by name, and the protocol that defines them: only scores of one protocol may be compared."""
+
+    scores: dict[str, float]
+    protocol: dict[str, Any]
+
+
+class Evaluator(Protocol):
+    """Prepared once, called at any moment of a run by all processes together; rank 0 gets the evaluation, the others None."""
+
+    def __call__(self, players: Players, /) -> Evaluation | None: ...
+
+
 class Game(Section):
     """A game's fields are its recipe keys. To the loop it is players, phases and the parts of a batch that it reads."""
 
@@ -118,6 +133,14 @@ class Game(Section):
 
     def start(self, players: Players, samples: Tensor) -> None:
         """Changes initial weights by `start_samples` samples of the data, the same ones on every process."""
+
+    def symptoms(self, row: Mapping[str, float]) -> Iterator[Symptom]:
+        """What a row of the log says is wrong with the game."""
+        yield from ()
+
+    @abstractmethod
+    def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> Evaluator:
+        """Makes ready to score players on the data; raises InputError where something that it needs is not there."""
 
     @abstractmethod
     def samples(self, players: Players, spec: Spec, count: int, seed: int) -> Iterator[Tensor]:

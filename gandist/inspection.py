@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,8 @@ from torch import Tensor
 from gandist.data.opening import open_reader
 from gandist.data.stream import PARTS, Batch, Share, Stream
 from gandist.game import Game
-from gandist.log import grid, save_png
+from gandist.pictures import beside_masks, save_png, sheet, shown, unit_range
 from gandist.recipe import Failure, InputError, Recipe
-
-SHOWN = 64
 
 
 def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[str]:
@@ -39,13 +36,17 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
     readers = [open_reader(recipe.data) for _ in range(world_size)]
     reader = readers[0].uncached()
     roles = reader.dataset.spec(recipe.data.split).roles
-    parts = {*recipe.game.parts(reader.dataset.spec(recipe.data.split)), *(role for role in roles if PARTS[role].role == role)}
+    parts = {
+        *recipe.game.parts(reader.dataset.spec(recipe.data.split)),
+        *(role for role in roles if PARTS[role].role == role),
+    }
     run, cpu = recipe.run, torch.device("cpu")
     streams = [
         Stream(opened, recipe.data, Share(sorted(parts), run.batch, run.seed, cpu, rank=rank, ranks=world_size))
         for rank, opened in enumerate(readers)
     ]
-    shown: list[Tensor] = []
+    seen: list[Tensor] = []
+    wanted = shown(streams[0].spec)
     try:
         for draw in range(int(match[1]), int(match[2])):
             for rank, stream in enumerate(streams):
@@ -57,9 +58,9 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
                     for view, numbers in _views(batch).items():
                         keys = " ".join(reader.key(number) for number in numbers)
                         yield f"draw {draw} rank {rank}{view}: {keys}"
-                    if sum(map(len, shown)) < SHOWN:
-                        shown.append(picture(batch))
-        save_png(grid(torch.cat(shown)[:SHOWN]), out)
+                    if sum(map(len, seen)) < wanted:
+                        seen.append(looked_at(batch))
+        save_png(sheet(torch.cat(seen)[:wanted]), out)
         yield f"contact sheet: {out}"
     finally:
         for stream in streams:
@@ -75,33 +76,10 @@ def _views(batch: Batch) -> dict[str, list[int]]:
     return found
 
 
-def picture(batch: Batch) -> Tensor:
-    """(B, C, H, W) in −1 … 1 to look at: images, beside their masks in colours where they have any, or signals as lines."""
+def looked_at(batch: Batch) -> Tensor:
+    """Samples as a sheet shows them: images in −1 … 1, beside their masks in colours where they have any, or signals."""
     parts = batch.parts
     if "signal" in parts:
-        return curves(parts["signal"])
-    images = parts["image"] if "image" in parts else parts["unlabelled"]
-    low, high = images.amin(), images.amax()
-    images = images if low >= -1 and high <= 1 else (images - low) / (high - low) * 2 - 1  # normalised by mean and std
-    if "mask" not in parts:
-        return images
-    colours = torch.tensor([colorsys.hsv_to_rgb(n * 0.381966 % 1, 0.8, 0.95) for n in range(255)] + [(0.0, 0.0, 0.0)])
-    masks = colours[parts["mask"]].permute(0, 3, 1, 2) * 2 - 1
-    return torch.cat([images.expand(-1, 3, -1, -1), masks], dim=3)
-
-
-def curves(signals: Tensor, height: int = 64, width: int = 128) -> Tensor:
-    """(B, 1, height, width) drawings of signals (B, C, L), each channel scaled to its own range."""
-    count, channels, length = signals.shape
-    columns = torch.linspace(0, length - 1, width).round().long()
-    values = signals[:, :, columns]
-    low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
-    rows = ((1 - (values - low) / (high - low).clamp_min(1e-12)) * (height - 1)).round().long()
-    drawn = torch.full((count, 1, height, width), -1.0)
-    place = torch.arange(height).view(1, 1, height, 1)
-    for channel in range(channels):
-        here = rows[:, channel]
-        before = torch.cat([here[:, :1], here[:, :-1]], dim=1)
-        top, bottom = torch.minimum(here, before), torch.maximum(here, before)
-        drawn[(place >= top[:, None, None]) & (place <= bottom[:, None, None])] = 1.0
-    return drawn
+        return parts["signal"]
+    images = unit_range(parts["image"] if "image" in parts else parts["unlabelled"])
+    return beside_masks(images, parts["mask"]) if "mask" in parts else images

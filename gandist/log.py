@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from einops import rearrange
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-VIEW = 512  # pixels of a grid's side that small images are magnified to, by whole factors
+from gandist.pictures import save_png
+
 QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -51,26 +50,6 @@ class Meter:
         read = dict(zip(self._sums, means.tolist(), strict=True))
         self._sums, self._counts = {}, {}
         return read
-
-
-def grid(images: Tensor, columns: int | None = None, magnify: bool = True) -> npt.NDArray[np.uint8]:
-    """(H, W, C) picture of images (N, C, H, W) in −1 … 1, in rows of `columns`, small ones magnified."""
-    count, channels, height, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = -(-count // columns)
-    empty = images.new_full((rows * columns - count, *images.shape[1:]), -1)
-    pixels = torch.cat([images, empty]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    factor = max(1, VIEW // (height * max(rows, columns))) if magnify else 1
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    if channels not in (1, 3):
-        pixels = pixels[:, :1]
-    return rearrange(pixels, "(r c) k h w -> (r h) (c w) k", c=columns).cpu().numpy()
-
-
-def save_png(picture: npt.NDArray[np.uint8], path: Path) -> None:
-    """Writes an (H, W, 1 or 3) picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(path)
 
 
 class Tracker(Protocol):

@@ -103,8 +103,9 @@ class SgdOptions(OptimizerOptions):
         torch._foreach_mul_(gradients, learning_rate)
         if self.final_momentum is not None and self.momentum_images is not None:
             passed = min(1.0, images / self.momentum_images)
+            ramped = self.momentum + (self.final_momentum - self.momentum) * passed
             for group in optimizer.param_groups:
-                group["momentum"] = self.momentum + (self.final_momentum - self.momentum) * passed
+                group["momentum"] = max(ramped, 1e-30)  # at 0 torch would not note the velocity for the steps to come
 
 
 OPTIMIZERS: dict[str, Callable[[], type[Section]]] = {"adam": lambda: AdamOptions, "sgd": lambda: SgdOptions}
@@ -324,6 +325,7 @@ class Player:
         self._pull_to_history()
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         bad = (~torch.isfinite(norm)).float()
+        self._note_history(bad)
         if self.options.clip_norm is not None:
             torch._foreach_mul_(gradients, (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.options.optimizer.adjust(self.optimizer, gradients, self.learning_rate, images)
@@ -349,12 +351,18 @@ class Player:
         """
         if self.options.historical_averaging is None:
             return
-        steps = self.history["steps"].add_(1)
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
-                away = parameter - self.history[name]
-                parameter.grad.add_(away, alpha=2 * self.options.historical_averaging)
-                self.history[name].add_(away / steps)
+                parameter.grad.add_(parameter - self.history[name], alpha=2 * self.options.historical_averaging)
+
+    @torch.no_grad()
+    def _note_history(self, bad: Tensor) -> None:
+        """Takes the weights into the mean before they step; those of a turn that does not step stand for the next turn."""
+        if self.options.historical_averaging is None:
+            return
+        steps = self.history["steps"].add_(1 - bad)
+        for name, parameter in self.module.named_parameters():
+            self.history[name].add_((parameter - self.history[name]) * (1 - bad) / steps.clamp_min(1))
 
     @torch.no_grad()
     def _remember(self, bad: Tensor, images: float) -> None:
@@ -430,9 +438,11 @@ class Player:
         return found
 
     def restart_average(self) -> None:
-        """The average begins again from the weights."""
+        """The average and the history begin again from the weights."""
         if self.ema is not None:
             self.ema.load_state_dict(self.module.state_dict())
+        for name, kept in self.history.items():
+            kept.copy_(self.module.get_parameter(name).detach() if name != "steps" else torch.zeros_like(kept))
 
     def numbers(self) -> dict[str, Any]:
         """The part of the state that is no tensor: the loss scaler's five numbers, where there is one."""

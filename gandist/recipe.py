@@ -160,6 +160,7 @@ class RunOptions(Section):
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches of each process
     log_every: Annotated[int, Field(ge=1, **harmless)] = 50  # steps
     sample_images: Annotated[int | None, Field(ge=1, **harmless)] = None
+    evaluate_images: Annotated[int | None, Field(ge=1, **harmless)] = None
     save_images: Annotated[int | None, Field(ge=1, **harmless)] = None
     keep_checkpoints: Annotated[int, Field(ge=1, **harmless)] = 2
     trackers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], Field(strict=False, **harmless)] = ()
@@ -197,9 +198,11 @@ class Recipe(Section):
 def _decisive(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
+        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("harmless"):
+            continue
         if isinstance(value, Section):
             yield from _decisive(value, f"{prefix}{name}.")
-        elif not (isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("harmless")):
+        else:
             yield prefix + name, value
 
 

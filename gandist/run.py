@@ -16,19 +16,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gandist import checkpoint
 from gandist.data.dataset import Spec
 from gandist.data.opening import data_digest, data_spec, open_batches
 from gandist.data.stream import Fault, Share, Stream
-from gandist.game import Clock, Game, draws, draws_each_step
+from gandist.game import Clock, Evaluation, Evaluator, Game, Generative, draws, draws_each_step
+from gandist.health import Health
 from gandist.launcher import World
-from gandist.log import Bar, Log, Meter, grid
+from gandist.log import Bar, Log, Meter
+from gandist.metrics.duplicates import duplicates
+from gandist.pictures import sheet, shown
 from gandist.player import Player
 from gandist.recipe import Failure, InputError, Recipe
 from gandist.seeding import derive
 
-SAMPLES = 64
 MAX_SKIPPED = 100  # turns in a row without a finite gradient: the game is lost
 MAX_FAILED_SAVES = 3
 
@@ -63,9 +66,15 @@ class Run:
         self.seconds = 0.0
         self.quarantined: set[int] = set()
         self.lost_data = ""
+        self.allow_pipe = allow_pipe
+        self._health, self._seen = Health(), dict[str, float]()  # what rank 0 alone measures goes into its next row
+        self._reals: Tensor | None = None
         text = recipe.to_yaml() + digest + world.precision
         same = hashlib.blake2b(text.encode(), digest_size=7).digest()
         world.agree("recipe, dataset and precision", int.from_bytes(same, "little"))
+        self.evaluator: Evaluator | None = None
+        if recipe.run.evaluate_images is not None:
+            self.evaluator = self.game.evaluator(recipe.data, self.spec, world.device)
         resuming = world.lead(lambda: self._open_folder(init_from))
         self.players = make_players(recipe, self.spec, world.device, world.precision)
         if resuming:
@@ -73,7 +82,7 @@ class Run:
         elif init_from is not None:
             self._start_from()
         elif self.game.start_samples:
-            self._start_from_data(allow_pipe)
+            self._start_from_data()
         self.resumed_step = self.clock.step if resuming else -1
         share = Share(
             self.game.parts(self.spec),
@@ -233,20 +242,28 @@ class Run:
         for player in self.players.values():
             player.restart_average()
 
-    def _start_from_data(self, allow_pipe: bool) -> None:
+    def _some_samples(self, count: int) -> Tensor:
+        """So many samples of the data, or all where it has fewer, on the CPU; one process asks for them alone."""
+        count = min(count, self.spec.samples or self.recipe.run.batch)
+        share = Share(self.game.parts(self.spec)[:1], count, self.recipe.run.seed, torch.device("cpu"))
+        stream = open_batches(self.recipe.data, share, self.allow_pipe)
+        try:
+            for fault in stream.ready([0]):
+                if fault.number < 0 or not self.recipe.data.quarantine:
+                    raise Failure(fault.message)
+            (batch,) = stream.read(0)
+            return batch[share.parts[0]]
+        finally:
+            stream.close()
+
+    def _start_from_data(self) -> None:
         """Initial weights that depend on the data: rank 0 reads it, and the others get what it made of it."""
-        count = min(self.game.start_samples, self.spec.samples or self.recipe.run.batch)
-        if self.world.leads:
-            share = Share(self.game.parts(self.spec)[:1], count, self.recipe.run.seed, torch.device("cpu"))
-            stream = open_batches(self.recipe.data, share, allow_pipe)
-            try:
-                for fault in stream.ready([0]):
-                    if fault.number < 0 or not self.recipe.data.quarantine:
-                        raise Failure(fault.message)
-                (batch,) = stream.read(0)
-                self.game.start(self.players, batch[share.parts[0]])
-            finally:
-                stream.close()
+
+        def start() -> int:
+            self.game.start(self.players, self._some_samples(self.game.start_samples))
+            return 0
+
+        self.world.lead(start)
         self._share({name: tensors for name, tensors in self._files().items() if name in self.players})
         for player in self.players.values():
             player.restart_average()
@@ -321,6 +338,8 @@ class Run:
             self._sample()
         if last or (clock.step and clock.passed(options.save_images)):
             self._save(last)
+        if clock.step and (clock.passed(options.evaluate_images) or (clock.done and self.evaluator is not None)):
+            self._evaluate()
 
     def _write_row(self) -> None:
         values = self.meter.read()
@@ -346,13 +365,43 @@ class Run:
             **values,
         }
         self._mark = (now, self.clock.step, self.stream.waited)
+        norms = [row[f"grad_norm/{name}"] for name in self.players if f"grad_norm/{name}" in row]
+        if len(norms) == 2 and norms[0] > 0:
+            row["grad_norm/ratio"] = norms[1] / norms[0]
         if self._log:
+            row |= self._seen
             self._log.row(row)
+            for symptom in self._health.told(self.game.symptoms(row)):
+                self._log.event(
+                    "symptom",
+                    images=self.clock.images,
+                    symptom=symptom.name,
+                    finding=symptom.finding,
+                    advice=symptom.advice,
+                )
+                self.bar.say(f"{self.clock.images:,} images: {symptom.finding}: {symptom.advice}")
+        self._seen = {}
 
     def _sample(self) -> None:
         if self._log:
-            made = torch.cat([*self.game.samples(self.players, self.spec, SAMPLES, self.recipe.run.seed)])
-            self._log.picture("samples", grid(made), self.clock.images)
+            made = torch.cat([*self.game.samples(self.players, self.spec, shown(self.spec), self.recipe.run.seed)])
+            classes = self.game.classes(self.spec) if isinstance(self.game, Generative) else None
+            self._log.picture("samples", sheet(made, turns=classes or 1), self.clock.images)
+            if len(made) > 1 and made[0].numel() > 2:  # points of a plane are near each other by chance
+                if self._reals is None:
+                    self._reals = self._some_samples(len(made))
+                self._seen["duplicates"] = duplicates(made, self._reals)
+
+    def _evaluate(self) -> None:
+        """Scores the weights of this moment, on all ranks; comes after the checkpoint, since it may take long."""
+        assert self.evaluator is not None
+        began = time.monotonic()
+        found = self.evaluator(self.players)
+        if found is not None and self._log:
+            write_evaluation(self.folder, self.clock.images, found)
+            self._log.row({"images": self.clock.images, **{f"score/{name}": v for name, v in found.scores.items()}})
+            self.bar.say(f"{self.clock.images:,} images: {in_words(found.scores)} ({time.monotonic() - began:.0f} s)")
+        self._mark = (self._mark[0] + time.monotonic() - began, *self._mark[1:])  # no part of the pace of training
 
     def _save(self, last: bool) -> None:
         """Rank 0 writes; a disk that fails costs one checkpoint, unless it is the last or fails again and again."""
@@ -399,6 +448,20 @@ class Run:
         self.stream.close()
         if self._log:
             self._log.close()
+
+
+def write_evaluation(folder: Path, images: int, found: Evaluation) -> Path:
+    """Writes `evaluations/images_…_PROTOCOL.json`: the scores, and the card that says what they mean."""
+    text = json.dumps(found.protocol, sort_keys=True)
+    path = folder / "evaluations" / f"images_{images:09d}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"images": images, **found._asdict()}, indent=1) + "\n")
+    return path
+
+
+def in_words(scores: dict[str, float]) -> str:
+    """Scores for a line of text."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gandist import log
-from gandist.log import Bar, Meter, grid
+from gandist.log import Bar, Meter
+from gandist.pictures import grid
 
 
 def test_rows_carry_progress_speed_losses_and_logits_by_their_terms(

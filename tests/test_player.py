@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gandist.networks import dcgan
-from gandist.player import EmaOptions, Player, PlayerOptions, ScheduleOptions
+from gandist import penalties
+from gandist.networks import dcgan, mlp
+from gandist.player import EmaOptions, Player, PlayerOptions, Remembered, ScheduleOptions, SgdOptions
 
 CPU = torch.device("cpu")
 SHAPE = (1, 16, 16)  # the smallest whose dcgan has a BatchNorm
@@ -189,3 +191,189 @@ def test_what_spoils_a_gradient_does_not_stay_in_the_statistics(precision: str) 
     for name, value in before.items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(value, after[name]), name
+
+
+def pulled(**options: object) -> tuple[Player, Callable[[int], Tensor]]:
+    """A player of one fp64 weight (3,), and a turn of it for ½ θᵀAθ − bᵀθ, which tells the gradient that it began with."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(3, 1, bias=False).double()
+    linear.weight.data = torch.randn(1, 3, dtype=torch.float64, generator=generator)
+    root = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+    curvature, target = root @ root.T, torch.randn(3, dtype=torch.float64, generator=generator)
+    player = Player("quadratic", linear, PlayerOptions(**options), device=CPU)
+
+    def turn(images: int) -> Tensor:
+        weight = linear.weight
+        before = curvature @ weight[0].detach() - target
+        with player.turn(images, 10) as turn:
+            turn.backward(weight[0] @ curvature @ weight[0] / 2 - target @ weight[0])
+        return before
+
+    return player, turn
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.0])
+@pytest.mark.parametrize("ramp", [True, False])
+def test_sgd_is_goodfellows_velocity_under_a_changing_rate_and_momentum(momentum: float, ramp: bool) -> None:
+    """v ← μ v − η g and θ ← θ + v; a rate that falls leaves the velocity of earlier steps as it was."""
+    final = {"final_momentum": 0.7, "momentum_images": 60} if ramp else {}
+    optimizer = SgdOptions(kind="sgd", learning_rate=0.2, momentum=momentum, **final)
+    schedule = ScheduleOptions(kind="exponential", half_life_images=20, final=0.1)
+    player, turn = pulled(optimizer=optimizer, schedule=schedule)
+    expected, velocity = player.parameters[0][0].clone(), torch.zeros(3, dtype=torch.float64)
+    for images in range(0, 100, 10):
+        gradient = turn(images)
+        rate = 0.2 * max(0.1, 0.5 ** (images / 20))
+        mu = momentum + (0.7 - momentum) * min(1, images / 60) if ramp else momentum
+        velocity = mu * velocity - rate * gradient
+        expected = expected + velocity
+        assert torch.allclose(player.parameters[0][0], expected, rtol=0, atol=1e-12), images
+        assert player.learning_rate == pytest.approx(rate)
+
+
+def test_an_exponential_schedule_halves_and_stops_at_its_floor() -> None:
+    schedule = ScheduleOptions(kind="exponential", half_life_images=1000, final=0.1, warmup_images=10)
+    assert [schedule.factor(n) for n in (1000, 2000, 3500)] == pytest.approx([0.5, 0.25, 0.5**3.5 + (0.1 - 0.5**3.5)])
+    assert [schedule.factor(n) for n in (0, 4)] == pytest.approx([0.1, 0.5], rel=1e-2)
+    assert ScheduleOptions(kind="exponential", half_life_images=1000).factor(20_000) == pytest.approx(0.5**20)
+
+
+def test_clipped_weights_lie_within_their_bound_and_smaller_ones_stay() -> None:
+    clipped, free = make(clip_weights=0.02), make()
+    images = torch.randn(4, 1, 16, 16)
+    for player in (clipped, free):
+        with player.turn(0, 4) as turn:
+            turn.backward(player(images).logits.square().mean())
+    assert max(weight.abs().max() for weight in free.parameters) > 0.02
+    for ours, theirs in zip(clipped.parameters, free.parameters, strict=True):
+        assert torch.equal(ours, theirs.clamp(-0.02, 0.02))
+
+
+def test_historical_averaging_pulls_to_the_mean_of_all_weights_before() -> None:
+    """By the gradient of w ‖θ − θ̄‖²; the first step has no past but itself."""
+    player, turn = pulled(optimizer=SgdOptions(kind="sgd", learning_rate=0.1, momentum=0.0), historical_averaging=0.3)
+    past: list[Tensor] = []
+    for step in range(6):
+        past.append(player.parameters[0][0].clone())
+        here = past[-1].clone().requires_grad_(True)
+        mean = torch.stack(past[:-1] or past).mean(0)
+        (pull,) = torch.autograd.grad(0.3 * penalties.distance_to_history([here], [mean]), here)
+        gradient = turn(10 * step)
+        assert torch.allclose(player.parameters[0][0], past[-1] - 0.1 * (gradient + pull), rtol=0, atol=1e-12)
+        assert torch.allclose(player.history["weight"][0], torch.stack(past).mean(0), rtol=0, atol=1e-12)
+
+
+def counting(**options: object) -> Player:
+    """A player that counts its turns and sums what it observes."""
+    torch.manual_seed(1)
+    module = dcgan.Discriminator(kind="dcgan", width=4, norm="none").build(SHAPE)
+    remembered = Remembered(
+        {"turns": 0.0, "sum": 0.0, "images": 0.0},
+        lambda memory, observed, images: {
+            "turns": memory["turns"] + 1, "sum": memory["sum"] + observed["seen"], "images": memory["images"] + images,
+        },
+    )  # fmt: skip
+    return Player("discriminator", module, PlayerOptions(**options), device=CPU, remembered=remembered)
+
+
+def test_memory_follows_the_mean_of_what_a_turn_observed() -> None:
+    player = counting()
+    for step in range(2):
+        with player.turn(0, 4, 2) as turn:
+            for value in turn.accumulate([1.0, 2.0]):
+                player.observe(seen=torch.tensor(value + 10 * step))
+                turn.backward(player(torch.randn(2, 1, 16, 16)).logits.mean())
+    assert {name: float(value) for name, value in player.memory.items()} == {"turns": 2, "sum": 13, "images": 8}
+    with pytest.raises(AssertionError, match="in its own turn alone"):
+        player.observe(seen=torch.ones(()))
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": SgdOptions(kind="sgd")}])
+def test_a_turn_without_a_finite_gradient_leaves_no_trace_in_memory_or_history(optimizer: dict[str, object]) -> None:
+    player = counting(historical_averaging=0.1, **optimizer)
+    for value in (1.0, 1.0, float("nan"), float("inf")):
+        before = state(player)
+        with player.turn(0, 4) as turn:
+            player.observe(seen=torch.tensor(value))
+            turn.backward(player(torch.randn(4, 1, 16, 16)).logits.mean() * value)
+        assert same(state(player), before) == (value != 1.0)
+    assert any("history/" in name for name in before)
+    assert before["memory/turns"] == 2
+
+
+def test_history_begins_with_the_weights_that_a_run_begins_with() -> None:
+    """Also where these come from another run, or from the data."""
+    player, turn = pulled(optimizer=SgdOptions(kind="sgd", learning_rate=0.1, momentum=0.0), historical_averaging=0.3)
+    with torch.no_grad():
+        player.parameters[0].add_(5.0)
+    player.restart_average()
+    before = player.parameters[0][0].clone()
+    gradient = turn(0)
+    assert torch.allclose(player.parameters[0][0], before - 0.1 * gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precise_is_fp32_in_any_precision_and_turn(precision: str) -> None:
+    player, reference = make(precision=precision), make()
+    images = torch.randn(4, 1, 16, 16)
+    expected = reference(images).logits
+    with torch.autocast("cpu", torch.bfloat16):  # whatever is around it
+        assert torch.equal(player.precise(images).logits, expected)
+    with player.turn(0, 4) as turn:
+        assert torch.equal(player.precise(images).logits, expected)
+        assert not torch.equal(player(images).logits.float(), expected)
+        assert player.precise(images).logits.dtype == torch.float32
+        turn.backward(player.precise(images).logits.mean())
+
+
+STILL = ScheduleOptions(kind="linear", until_images=1)  # at a rate of 0 from the second image on
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_r1_of_half_precision_is_that_of_fp32(precision: str) -> None:
+    """Of slopes near 1e-7, which fp16 holds with one digit, and bf16 with two."""
+    half, full = (make(precision=name, schedule=STILL) for name in (precision, "fp32"))
+    images = torch.randn(1, 1, 16, 16)
+    for player in (half, full):
+        with torch.no_grad():
+            player.parameters[-2].mul_(1e-3)  # of the logit
+    values, gradients = {}, {}
+    for name, player in (("half", half), ("full", full)):
+        with player.turn(1, 16) as turn:
+            r1 = penalties.r1(lambda x, p=player: p.precise(x).logits, images)
+            turn.backward(1e6 * r1)
+        values[name], gradients[name] = r1.item(), player.parameters[0].grad
+    assert values["half"] == pytest.approx(values["full"], rel=1e-6, abs=0)
+    assert torch.allclose(gradients["half"], gradients["full"], rtol=1e-5, atol=0)
+    rounded = penalties.r1(lambda x: half(x).logits, images).item()
+    assert abs(rounded / values["full"] - 1) > 1e-4
+
+
+def test_the_power_iteration_of_spectral_norm_rests_outside_a_players_turn() -> None:
+    torch.manual_seed(1)
+    module = mlp.Discriminator(kind="mlp", width=8, spectral_norm=True).build(SHAPE)
+    player = Player("discriminator", module, PlayerOptions(ema=EmaOptions()), device=CPU)
+    images = torch.randn(4, 1, 16, 16)
+
+    def vectors() -> list[Tensor]:
+        return [buffer.clone() for buffer in player.module.buffers()]
+
+    def equal(before: list[Tensor]) -> list[bool]:
+        return [torch.equal(a, b) for a, b in zip(before, player.module.buffers(), strict=True)]
+
+    before = vectors()
+    assert len(before) == 6  # two a layer
+    seen = images.clone().requires_grad_(True)
+    player(seen).logits.sum().backward()
+    player.precise(images)
+    with player.evaluating() as average:
+        average(images)
+    player(images)
+    assert seen.grad is not None
+    assert all(equal(before))
+    with player.turn(0, 4) as turn:
+        turn.backward(player(images).logits.mean())
+    assert not any(equal(before)[:4])  # the last layer has one row, and its vectors are found at once
+    after = vectors()
+    player(images)
+    assert all(equal(after))

@@ -30,7 +30,7 @@ from PIL import Image
 from gandist.data.sources import Item, Source
 from gandist.data.sources.generated import GENERATED, OPEN_STRINGS, RATE, mixture, string
 from gandist.data.sources.open import open_source
-from gandist.inspection import picture
+from gandist.pictures import curves
 from gandist.recipe import Failure, InputError
 
 RANDOM = np.random.default_rng(0)
@@ -861,7 +861,7 @@ def test_strings_are_packed_by_the_command_and_are_read_and_drawn_as_signals(gan
         drawn = string(9000 + int(stream.reader.key(number)))
         assert np.array_equal(batch["signal"][row, 0].numpy(), drawn.waveform().astype(np.float32))
         assert batch["label"][row] == drawn.label
-    drawings = picture(batch)
+    drawings = curves(batch["signal"])
     assert drawings.shape[:2] == (8, 1)
     assert {*drawings.unique().tolist()} == {-1, 1}
     stream.close()

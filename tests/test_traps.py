@@ -22,6 +22,7 @@ from conftest import ENVIRONMENT, ROOT, on_ranks, open_stream, packed, samples
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gandist import penalties
 from gandist.player import Player, PlayerOptions
 from gandist.recipe import Failure
 
@@ -110,6 +111,50 @@ def test_running_statistics_drift_apart_without_broadcast_and_are_averaged_in_a_
     assert not torch.equal(naive0, naive1)
     assert torch.equal(ours0, ours1)
     assert torch.allclose(ours0, (naive0 + naive1) / 2)
+
+
+def _critic() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+
+
+def _penalised(judge: penalties.Judge, data: Tensor) -> Tensor:
+    """An adversarial term and R1, which asks for a gradient with respect to the data on the way."""
+    return nn.functional.softplus(-judge(data)).mean() + 5 * penalties.r1(judge, data)
+
+
+def _gradients(module: nn.Module) -> Tensor:
+    return torch.cat([weight.grad.flatten() for weight in module.parameters() if weight.grad is not None])
+
+
+def _with_r1() -> list[Tensor]:
+    """The gradient of these rows alone, of all rows, and what DDP, DDP with a static graph, and a player make of these rows."""
+    torch.manual_seed(1)
+    everything, rank = torch.randn(8, 3), dist.get_rank()
+    data = everything[4 * rank : 4 * rank + 4]
+    alone, whole, plain, static = (_critic() for _ in range(4))
+    _penalised(alone, data).backward()
+    _penalised(whole, everything).backward()
+    wrapped = DistributedDataParallel(plain), DistributedDataParallel(static, static_graph=True)
+    for judge in wrapped:
+        _penalised(judge, data).backward()
+    player = Player("d", _critic(), PlayerOptions(), device=CPU)
+    with player.turn(0, 8) as turn:
+        turn.backward(_penalised(player, data))
+    return [_gradients(module) for module in (alone, whole, plain, static, player.module)]
+
+
+def test_a_static_graph_leaves_the_gradients_of_a_penalty_local_and_a_turn_reduces_them() -> None:
+    ranks: list[list[Tensor]] = on_ranks(2, _with_r1)  # type: ignore[assignment]
+    for alone, whole, plain, static, ours in ranks:
+        assert torch.equal(static, alone)  # never reduced, and no error was raised
+        assert not torch.allclose(alone, whole, rtol=0.1)
+        # without a static graph the gradient is exact, though autograd.grad went through the wrapped module on the way
+        assert torch.allclose(plain, whole, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-6)
+    (*_, static0, ours0), (*_, static1, ours1) = ranks
+    assert not torch.allclose(static0, static1, rtol=0.1)
+    assert torch.equal(ours0, ours1)
 
 
 # ---- Accelerate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -16,15 +16,18 @@ from gandist import augment
 from gandist.augment import AdaOptions, DiffAugmentOptions
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
-from gandist.game import BLOCK, Clock, Generative, Phase, Players, Side, network
+from gandist.game import BLOCK, SAMPLES, Clock, Generative, Phase, Players, Side, network
 from gandist.games.regularisers import Regularisers, See, Shown, as_it_is
+from gandist.games.scores import GeneratorScores, ScoreOptions
+from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL
 from gandist.networks import Conditioning, DiscriminatorOptions, GeneratorOptions, Judged, Shape
 from gandist.player import EmaOptions, Memory, Player, PlayerOptions, Remembered
-from gandist.recipe import Choice, Section
+from gandist.recipe import Choice, DataOptions, InputError, Section, harmless
 from gandist.seeding import derive
 
 Repeat = Annotated[int, Field(ge=1, le=100)]
+WINS, VANISHED, COLLAPSED = 0.99, 1000.0, 0.3  # where a row is a symptom
 SPREAD = math.sqrt(3)  # uniform noise within ±√3 has variance 1
 
 
@@ -68,6 +71,7 @@ class Gan(Generative):
         | None
     ) = None
     regularisers: Regularisers = Regularisers()
+    scores: Annotated[ScoreOptions, Field(**harmless)] = ScoreOptions()
     generator: GeneratorSide
     discriminator: DiscriminatorSide
 
@@ -93,6 +97,8 @@ class Gan(Generative):
             yield ("augment",), "turns and colours images, and the dataset has signals; leave it out"
         if len(shape) == 2 and self.regularisers.consistency is not None:
             yield ("regularisers", "consistency"), "moves images, and the dataset has signals; leave it out"
+        for place, fault in self.scores.faults(shape):
+            yield ("scores", *place), fault
         yield from self._contradictions()
 
     def _contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -162,6 +168,11 @@ class Gan(Generative):
 
     def start(self, players: Players, samples: Tensor) -> None:
         self.generator.network.start(players["generator"].module, samples)
+
+    def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> GeneratorScores:
+        if self.scores.truncation is not None and self.noise_distribution == "uniform":
+            raise InputError("`game.scores.truncation`: uniform noise has no tails to cut off; leave it out")
+        return GeneratorScores(self.scores, self, data, spec, sample_shape(spec), device)
 
     # ---- how it is played
 
@@ -246,6 +257,33 @@ class Gan(Generative):
         )
         p = discriminator.memory.get("ada_p")
         return partial(augment.apply, parameters=drawn.rows(batch.rows), p=None if p is None else p.clone())
+
+    def symptoms(self, row: Mapping[str, float]) -> Iterator[Symptom]:
+        right = min(row.get("accuracy/real", 0.0), row.get("accuracy/fake", 0.0))
+        absolute = (
+            not ADVERSARIAL[self.loss].reads_real and self.loss != "wasserstein"
+        )  # logits with a zero that means something
+        if absolute and right > WINS:
+            yield Symptom(
+                "discriminator_wins",
+                f"the discriminator is right about {right:.1%} of real and fake samples",
+                "add `regularisers: {r1: {weight: 1}}` or raise its weight, lower the discriminator's learning rate, or with few "
+                "data add `augment: {kind: ada}`",
+            )
+        ratio = row.get("grad_norm/ratio", 1.0)
+        if ratio > VANISHED:
+            yield Symptom(
+                "generator_starves",
+                f"the generator's gradient is {ratio:.0f} times smaller than the discriminator's",
+                "use the loss `non_saturating` or `relativistic`, and see that the discriminator does not win",
+            )
+        if row.get("duplicates", 0.0) > COLLAPSED:
+            yield Symptom(
+                "modes_collapse",
+                f"{row['duplicates']:.0%} of the samples have a near twin among {SAMPLES}",
+                "try the loss `relativistic` with `regularisers: {r1: {weight: 1}, r2: {weight: 1}}`, "
+                "`discriminator.network.minibatch`, or a smaller learning rate",
+            )
 
     # ---- what it is for
 

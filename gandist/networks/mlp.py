@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from einops import rearrange
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape
@@ -87,6 +87,12 @@ class Generator(GeneratorOptions):
         built = nn.Sequential(*layers, nn.Linear(self.width, prod(shape)), Unfold(shape, output))
         _spread(built, self.weights)
         return built
+
+    @model_validator(mode="after")
+    def _bias_is_a_logit(self) -> Generator:
+        if self.marginal_bias and self.output != "sigmoid":
+            raise ValueError("`marginal_bias` is a logit, which only `output: sigmoid` takes back; set that, or leave it out")
+        return self
 
     @property
     def start_samples(self) -> int:

@@ -1,0 +1,68 @@
+"""What a trained run is worth: the scores of its game, of one checkpoint, with the protocol that defines them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gandist import checkpoint
+from gandist.check import contradictions
+from gandist.data.opening import data_digest, data_spec
+from gandist.game import GAMES, Evaluation, Game
+from gandist.launcher import World
+from gandist.metrics.protocol import Protocol, refuse_comparison
+from gandist.recipe import InputError, Recipe, load
+from gandist.run import write_evaluation
+from gandist.sample import restored
+
+MAY_CHANGE = ("data.", "game.scores.")  # by overrides: what the weights do not depend on
+
+
+def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
+    """The recipe of a checkpoint under overrides of its data and its scores; raises InputError."""
+    for override in overrides:
+        if not override.startswith(MAY_CHANGE):
+            raise InputError(f"{override}: only `data.…` and `game.scores.…` can be changed for trained weights")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(found.state.recipe, sort_keys=False))
+        return load(path, overrides, GAMES, lambda source, data, game, _: contradictions(source, data, game, None))
+
+
+def evaluate(
+    found: checkpoint.Checkpoint, overrides: list[str], world: World, out: Path | None = None
+) -> tuple[Evaluation | None, Path | None]:
+    """Scores a checkpoint on all processes; rank 0 gets the scores and the file that they were written to."""
+    recipe = read_for(found, overrides)
+    _, players = restored(found, world.device)
+    assert isinstance(recipe.game, Game)
+    spec = data_spec(recipe.data)
+    if spec.image != found.state.spec.image or spec.signal != found.state.spec.signal:
+        raise InputError(
+            f"`data.path`: {recipe.data.path} has other samples than those that {found.folder} was trained on"
+        )
+    evaluation = recipe.game.evaluator(recipe.data, spec, world.device)(players)
+    if evaluation is None:
+        return None, None
+    evaluation.protocol["trained_on_this_data"] = data_digest(recipe.data) == found.state.decisive.get("data")
+    folder = out or found.folder.parent.parent
+    return evaluation, write_evaluation(folder, found.state.images, evaluation)
+
+
+def against(evaluation: Evaluation, other: Path) -> list[tuple[str, float, float]]:
+    """Scores beside those of an earlier evaluation; raises InputError unless both are of one protocol."""
+    try:
+        values: dict[str, Any] = json.loads(other.read_text())
+        card, scores = _card(values["protocol"]), {str(n): float(v) for n, v in values["scores"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{other}: is no evaluation: {error}; name a file of RUN/evaluations") from None
+    refuse_comparison(_card(evaluation.protocol), card)
+    return [(name, value, scores[name]) for name, value in evaluation.scores.items() if name in scores]
+
+
+def _card(values: dict[str, Any]) -> Protocol:
+    return Protocol.model_validate({name: value for name, value in values.items() if name in Protocol.model_fields})

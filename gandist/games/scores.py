@@ -1,0 +1,320 @@
+"""Scores of a generator: features of real and fake samples, compared; the same on any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+
+from gandist.data.dataset import Dataset, Spec
+from gandist.data.opening import data_digest, open_batches
+from gandist.data.sources.generated import mixture
+from gandist.data.stream import Share
+from gandist.game import BLOCK, Evaluation, Evaluator, Generative, Players
+from gandist.metrics.distribution import DistributionOptions, RealStatistics, in_order, score
+from gandist.metrics.features import (
+    AnyFeatures,
+    FeatureNetwork,
+    FeatureOptions,
+    Features,
+    InceptionOptions,
+    PixelsOptions,
+    SpectrumOptions,
+)
+from gandist.metrics.modes import coverage
+from gandist.metrics.parzen import parzen
+from gandist.metrics.protocol import Protocol, installed
+from gandist.metrics.weights import cache_folder
+from gandist.recipe import DataOptions, Failure, InputError, Section
+
+Samples = Annotated[int, Field(ge=2, le=10_000_000)]
+Split = Annotated[str, Field(min_length=1)]
+POINT = 16  # values: a signal of no more is a point, which has no spectrum
+
+
+class ParzenOptions(Section):
+    """Log-likelihood under Parzen windows of samples, with Goodfellow et al.'s protocol: σ by the `validation` split."""
+
+    samples: Samples = 10_000
+    validation: Split = "validation"
+    test: Split = "test"
+
+
+class ScoreOptions(Section):
+    """What is compared with what. `reals: null` is the whole split, at most 50,000.
+
+    `features: null` takes Inception for images, the spectrum for signals, and the values of a point.
+    """
+
+    features: AnyFeatures | None = None
+    split: Split | None = None  # of the real samples; that of training unless given
+    reals: Samples | None = None
+    fakes: Samples = 10_000
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    truncation: Annotated[float, Field(gt=0)] | None = None
+    distribution: DistributionOptions = DistributionOptions()
+    parzen: ParzenOptions | None = None
+
+    def chosen(self, shape: tuple[int, ...]) -> FeatureOptions:
+        """The feature network for samples of a shape."""
+        if self.features is not None:
+            return self.features
+        if len(shape) == 3:
+            return InceptionOptions(kind="inception")
+        return SpectrumOptions(kind="spectrum") if shape[1] > POINT else PixelsOptions(kind="pixels")
+
+    def faults(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Where the options contradict the data."""
+        for fault in self.chosen(shape).faults(shape):
+            yield ("features",), fault
+        if self.parzen is not None and len(shape) != 3:
+            yield ("parzen",), "is of images, and the dataset has signals; leave it out"
+
+
+def _ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(rows: Tensor, numbers: Tensor) -> Tensor:
+    """The rows of all processes in the order of their numbers, on every process."""
+    _, ranks = _ranks()
+    if ranks > 1:
+        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(ranks)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        longest = max(int(count) for count in counts)
+        found = []
+        for part in (rows, numbers.to(rows.device)):
+            padded = part.new_zeros(longest, *part.shape[1:])
+            padded[: len(part)] = part
+            parts = [torch.empty_like(padded) for _ in range(ranks)]
+            dist.all_gather(parts, padded)
+            found.append(torch.cat([p[: int(count)] for p, count in zip(parts, counts, strict=True)]))
+        rows, numbers = found
+    return in_order(rows, numbers)
+
+
+class GeneratorScores(Evaluator):
+    """Prepared once for a run: the feature network, and the real side of the comparison, which a cache keeps by its protocol."""
+
+    def __init__(
+        self, options: ScoreOptions, game: Generative, data: DataOptions, spec: Spec, shape: tuple[int, ...],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.options, self.game, self.device, self.spec = options, game, device, spec
+        self.split = options.split or data.split
+        self.data = data.model_copy(update={"split": self.split, "subset": None, "workers": min(data.workers, 1)})
+        if data.reader == "index":
+            self.data = self.data.model_copy(update={"workers": 0, "shuffle": "full", "window_shards": 16})
+        self.part = "image" if len(shape) == 3 else "signal"
+        self.network: FeatureNetwork = options.chosen(shape).build().to(device)
+        self.samples = self._split_samples(self.split)
+        self.reals = options.reals or min(self.samples or 50_000, 50_000)
+        if self.samples is not None and self.reals > self.samples:
+            raise InputError(
+                f"`game.scores.reals`: {self.reals} samples are asked of the split `{self.split}`, which has {self.samples}; use at most that"
+            )
+        self.mixture = self._mixture(shape)
+        if options.parzen is not None:
+            for split in (options.parzen.validation, options.parzen.test):
+                self._split_samples(split)
+        self.weights = self._class_weights()
+        self.real: RealStatistics | None = None
+
+    def _split_samples(self, split: str) -> int | None:
+        if self.data.reader != "index":
+            return None
+        return Dataset(self.data.path).spec(split).samples
+
+    def _mixture(self, shape: tuple[int, ...]) -> tuple[Any, float] | None:
+        if self.data.reader != "index" or len(shape) != 2:
+            return None
+        source = Dataset(self.data.path).manifest.source
+        mixed = source.get("kind") == "generated" and shape[0] * shape[1] == 2
+        return mixture(str(source["name"])) if mixed else None
+
+    def _class_weights(self) -> Tensor | None:
+        """How many samples the split has of each class, which the fakes are to have in proportion; None without classes."""
+        classes = self.game.classes(self.spec)
+        if classes is None:
+            return None
+        counts = Dataset(self.data.path).manifest.counts.get(self.split) if self.data.reader == "index" else None
+        known = list(counts.labels) if counts is not None and counts.labels else [1] * classes
+        return torch.tensor(known, dtype=torch.float64)
+
+    def _labels(self, count: int) -> Tensor | None:
+        if self.weights is None:
+            return None
+        edges = (self.weights / self.weights.sum()).cumsum(0)
+        places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        return torch.searchsorted(edges, places).clamp(max=len(edges) - 1)
+
+    def _blocks(self, count: int, split: str) -> Iterator[tuple[int, Tensor]]:
+        """The first row and the rows of this process's blocks of `count` real samples, in an order of the scores' own."""
+        rank, ranks = _ranks()
+        options = self.data.model_copy(update={"split": split}) if self.data.reader == "index" else self.data
+        stream = open_batches(options, Share((self.part,), BLOCK, self.options.seed, self.device))
+        try:
+            for block in range(rank, -(-count // BLOCK), ranks):
+                for fault in stream.ready([block]):
+                    if fault.number < 0 or not self.data.quarantine:
+                        raise Failure(fault.message)
+                (batch,) = stream.read(block)
+                yield block * BLOCK, batch[self.part][: count - block * BLOCK]
+        finally:
+            stream.close()
+
+    def _features(self, blocks: Iterator[tuple[int, Tensor]]) -> Features:
+        pool, logits, numbers = [], [], []
+        for first, rows in blocks:
+            found = self.network(rows.contiguous())
+            pool.append(found.pool)
+            logits += [found.logits] if found.logits is not None else []
+            numbers.append(torch.arange(first, first + len(rows)))
+        _require(pool, "samples than processes")
+        numbered = torch.cat(numbers)
+        return Features(gathered(torch.cat(pool), numbered), gathered(torch.cat(logits), numbered) if logits else None)
+
+    def _real(self) -> RealStatistics:
+        if self.real is None:
+            known = self._real_protocol()
+            path = cache_folder() / "statistics" / f"{hashlib.sha256(known.encode()).hexdigest()}.npz"
+            rank, _ = _ranks()
+            found = self._cached(path) if rank == 0 else None
+            if not _agreed(found is not None, self.device):
+                pool = self._features(self._blocks(self.reals, self.split)).pool
+                if rank == 0:
+                    found = RealStatistics.of(pool, self._neighbours())
+                    _store(path, found)
+            self.real = found if found is not None else RealStatistics(*[torch.empty(0)] * 4)  # rank 0 alone compares
+        return self.real
+
+    def _neighbours(self) -> int:
+        return max(self.options.distribution.precision_neighbours, self.options.distribution.coverage_neighbours)
+
+    def _cached(self, path: Any) -> RealStatistics | None:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return RealStatistics.from_arrays({n: torch.from_numpy(arrays[n]) for n in arrays.files}, self.device)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):  # not there, or damaged: it is computed and written anew
+            return None
+
+    def _real_protocol(self) -> str:
+        """All that the real side depends on."""
+        transform = self.data.model_dump(mode="json", include={"transform"})
+        values = [
+            self.network.name, self.network.digest, self.network.resize, data_digest(self.data), self.split, self.reals,
+            self.options.seed, self._neighbours(), transform, str(self.device.type), installed()["torch"],
+        ]  # fmt: skip
+        return json.dumps(values)
+
+    def __call__(self, players: Players) -> Evaluation | None:
+        """All ranks call it together; rank 0 gets the scores."""
+        real = self._real()
+        made: list[Tensor] = []
+        keep = max(self.options.parzen.samples if self.options.parzen else 0, self.options.fakes if self.mixture else 0)
+        count, numbers = max(self.options.fakes, keep), []
+
+        def fakes() -> Iterator[tuple[int, Tensor]]:
+            rank, ranks = _ranks()
+            for first, rows in self.game.made(
+                players, self.spec, count, self.options.seed, labels=self._labels(count),
+                truncation=self.options.truncation, first=rank, every=ranks,
+            ):  # fmt: skip
+                if keep:
+                    made.append(rows)
+                    numbers.append(torch.arange(first, first + len(rows)))
+                yield first, rows
+
+        found = self._features(fakes())
+        fake = Features(
+            found.pool[: self.options.fakes], None if found.logits is None else found.logits[: self.options.fakes]
+        )
+        values = gathered(torch.cat(made), torch.cat(numbers)) if keep else torch.empty(0)
+        held_out = []
+        for split in (self.options.parzen.validation, self.options.parzen.test) if self.options.parzen else ():
+            blocks = [*self._blocks(self._split_samples(split) or 10_000, split)]
+            _require(blocks, f"samples of `{split}` than processes")
+            order = torch.cat([torch.arange(first, first + len(rows)) for first, rows in blocks])
+            held_out.append(gathered(torch.cat([rows for _, rows in blocks]).contiguous(), order))
+        if _ranks()[0] != 0:
+            return None
+        scores = score(real, fake, self.options.seed, self.options.distribution).named(self.network.inception)
+        if self.mixture is not None:
+            centres, deviation = self.mixture
+            covered = coverage(
+                values[: self.options.fakes].flatten(1).cpu(), torch.as_tensor(centres).float(), float(deviation)
+            )
+            scores |= {"modes": float(covered.covered), "good": covered.good, "mode_divergence": covered.divergence}
+        if self.options.parzen is not None:
+            made_ones, validation, test = (
+                (part.flatten(1) + 1) / 2 for part in (values[: self.options.parzen.samples], *held_out)
+            )
+            likelihood = parzen(made_ones, validation, test)
+            scores |= {
+                "parzen": likelihood.mean, "parzen_standard_error": likelihood.standard_error,
+                "parzen_sigma": likelihood.sigma,
+            }  # fmt: skip
+        return Evaluation(scores, self._protocol(players, tuple(scores)).model_dump(mode="json"))
+
+    def _protocol(self, players: Players, names: tuple[str, ...]) -> Protocol:
+        options = self.options
+        settings: dict[str, Any] = dict(options.distribution.model_dump())
+        if options.parzen is not None:
+            settings["parzen_samples"] = options.parzen.samples
+        rule = None
+        if self.weights is not None:
+            rule = (
+                "in the proportions of the split" if len(set(self.weights.tolist())) > 1 else "each class equally often"
+            )
+        return Protocol(
+            scores=names,
+            features=self.network.name,
+            features_digest=self.network.digest,
+            resize=self.network.resize,
+            dataset=data_digest(self.data),
+            split=self.split,
+            reals=self.reals,
+            fakes=options.fakes,
+            seed=options.seed,
+            ema=players["generator"].ema is not None,
+            truncation=options.truncation,
+            labels=rule,
+            settings=settings,
+            versions=installed(),
+        )
+
+
+def _require(found: list[Any], what: str) -> None:
+    if not found:
+        raise InputError(f"there are fewer blocks of {BLOCK} {what}; evaluate with fewer processes, or more samples")
+
+
+def _agreed(mine: bool, device: torch.device) -> bool:
+    """What rank 0 says."""
+    if _ranks()[1] == 1:
+        return mine
+    flag = torch.tensor([int(mine)], device=device)
+    dist.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+def _store(path: Any, found: RealStatistics) -> None:
+    """Keeps what took long; a cache that cannot be written costs time later, and nothing else."""
+    scratch = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {name: array.numpy() for name, array in found.as_arrays().items()}
+        np.savez(scratch, **arrays)
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
