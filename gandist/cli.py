@@ -410,7 +410,10 @@ def train(
 @app.command()
 def evaluate(
     run: RunPath,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="of data and game.scores, such as game.scores.fakes=50000"),
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(metavar="FILE", help="print the scores beside those of an earlier evaluation")
     ] = None,

@@ -16,7 +16,7 @@ from gandist.game import GAMES, Evaluation, Game
 from gandist.launcher import World
 from gandist.metrics.protocol import Protocol, refuse_comparison
 from gandist.recipe import InputError, Recipe, load
-from gandist.run import write_evaluation
+from gandist.run import channels, write_evaluation
 from gandist.sample import restored
 
 MAY_CHANGE = ("data.", "game.scores.")  # by overrides: what the weights do not depend on
@@ -50,7 +50,7 @@ def evaluate(
         return None, None
     evaluation.protocol["trained_on_this_data"] = data_digest(recipe.data) == found.state.decisive.get("data")
     folder = out or found.folder.parent.parent
-    return evaluation, write_evaluation(folder, found.state.images, evaluation)
+    return evaluation, write_evaluation(folder, found.state.images, evaluation, channels(spec))
 
 
 def against(evaluation: Evaluation, other: Path) -> list[tuple[str, float, float]]:

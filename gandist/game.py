@@ -89,10 +89,11 @@ class Side(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Scores by name, and the protocol that defines them: only scores of one protocol may be compared."""
+    """Scores by name, the protocol that defines them (only scores of one protocol may be compared), and curves to look at."""
 
     scores: dict[str, float]
     protocol: dict[str, Any]
+    curves: dict[str, list[float]] = {}
 
 
 class Evaluator(Protocol):

@@ -29,6 +29,7 @@ from gandist.log import Bar, Log, Meter
 from gandist.metrics.duplicates import duplicates
 from gandist.pictures import sheet, shown
 from gandist.player import Player
+from gandist.plots import spectra
 from gandist.recipe import Failure, InputError, Recipe
 from gandist.seeding import derive
 
@@ -398,7 +399,7 @@ class Run:
         began = time.monotonic()
         found = self.evaluator(self.players)
         if found is not None and self._log:
-            write_evaluation(self.folder, self.clock.images, found)
+            write_evaluation(self.folder, self.clock.images, found, channels(self.spec))
             self._log.row({"images": self.clock.images, **{f"score/{name}": v for name, v in found.scores.items()}})
             self.bar.say(f"{self.clock.images:,} images: {in_words(found.scores)} ({time.monotonic() - began:.0f} s)")
         self._mark = (self._mark[0] + time.monotonic() - began, *self._mark[1:])  # no part of the pace of training
@@ -450,13 +451,23 @@ class Run:
             self._log.close()
 
 
-def write_evaluation(folder: Path, images: int, found: Evaluation) -> Path:
-    """Writes `evaluations/images_…_PROTOCOL.json`: the scores, and the card that says what they mean."""
+def write_evaluation(folder: Path, images: int, found: Evaluation, channels: int = 1) -> Path:
+    """Writes `evaluations/images_…_PROTOCOL.json`: the scores, and the card that says what they mean; spectra as a plot.
+
+    `channels` are those of a signal.
+    """
     text = json.dumps(found.protocol, sort_keys=True)
     path = folder / "evaluations" / f"images_{images:09d}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"images": images, **found._asdict()}, indent=1) + "\n")
+    if "spectrum/real" in found.curves:
+        spectra(found.curves["spectrum/real"], found.curves["spectrum/fake"], channels, path.with_suffix(".png"))
     return path
+
+
+def channels(spec: Spec) -> int:
+    """Of a signal; 1 for anything else."""
+    return spec.signal.channels if spec.signal is not None else 1
 
 
 def in_words(scores: dict[str, float]) -> str:

@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import on_ranks, packed, run
+from PIL import Image
 
 from gandist import checkpoint
 from gandist.data.sources.generated import mixture
@@ -205,3 +207,29 @@ def test_pixels_are_the_default_of_points_and_the_spectrum_that_of_signals() -> 
     assert isinstance(ScoreOptions().chosen((2, 1)), PixelsOptions)
     assert [ScoreOptions().chosen(shape).kind for shape in ((1, 1024), (3, 64, 64))] == ["spectrum", "inception"]
     assert [place for place, _ in ScoreOptions(parzen={}).faults((1, 1024))] == [("parzen",)]
+
+
+def test_signals_are_scored_by_their_spectra_which_are_drawn_side_by_side(gandist: Callable, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(80, 2, 64)).astype(np.float32)
+    np.save(tmp_path / "signals.npy", values)
+    packed(tmp_path / "signals.npy", tmp_path / "data")
+    path = tmp_path / "signals.yaml"
+    path.write_text(f"""\
+data: {{path: {tmp_path / "data"}}}
+game:
+  kind: gan
+  noise: 4
+  scores: {{fakes: 64}}
+  generator: {{network: {{kind: mlp, width: 8}}}}
+  discriminator: {{network: {{kind: mlp, width: 8}}}}
+run: {{folder: {tmp_path / "run"}, images: 32, batch: 16}}
+""")
+    assert gandist("train", path).code == 0
+    result = gandist("evaluate", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    (written,) = (tmp_path / "run" / "evaluations").glob("*.json")
+    curves = json.loads(written.read_text())["curves"]
+    assert len(curves["spectrum/real"]) == len(curves["spectrum/fake"]) == 2 * 33
+    magnitudes = np.log(np.abs(np.fft.rfft(values, norm="ortho")) + 1e-3).mean(0).reshape(-1)
+    assert np.allclose(curves["spectrum/real"], magnitudes, atol=2e-3)
+    assert Image.open(written.with_suffix(".png")).size[0] > 500

@@ -39,6 +39,7 @@ from gandist.recipe import DataOptions, Failure, InputError, Section
 
 Samples = Annotated[int, Field(ge=2, le=10_000_000)]
 Split = Annotated[str, Field(min_length=1)]
+DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 POINT = 16  # values: a signal of no more is a point, which has no spectrum
 
 
@@ -110,7 +111,7 @@ class GeneratorScores(Evaluator):
         self, options: ScoreOptions, game: Generative, data: DataOptions, spec: Spec, shape: tuple[int, ...],
         device: torch.device,
     ) -> None:  # fmt: skip
-        self.options, self.game, self.device, self.spec = options, game, device, spec
+        self.options, self.game, self.device, self.spec, self.shape = options, game, device, spec, shape
         self.split = options.split or data.split
         self.data = data.model_copy(update={"split": self.split, "subset": None, "workers": min(data.workers, 1)})
         if data.reader == "index":
@@ -205,7 +206,7 @@ class GeneratorScores(Evaluator):
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return RealStatistics.from_arrays({n: torch.from_numpy(arrays[n]) for n in arrays.files}, self.device)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):  # not there, or damaged: it is computed and written anew
+        except DAMAGE:  # or not there: it is computed and written anew
             return None
 
     def _real_protocol(self) -> str:
@@ -264,7 +265,10 @@ class GeneratorScores(Evaluator):
                 "parzen": likelihood.mean, "parzen_standard_error": likelihood.standard_error,
                 "parzen_sigma": likelihood.sigma,
             }  # fmt: skip
-        return Evaluation(scores, self._protocol(players, tuple(scores)).model_dump(mode="json"))
+        curves = {}
+        if isinstance(self.options.chosen(self.shape), SpectrumOptions):
+            curves = {"spectrum/real": real.mean.tolist(), "spectrum/fake": fake.pool.double().mean(0).tolist()}
+        return Evaluation(scores, self._protocol(players, tuple(scores)).model_dump(mode="json"), curves)
 
     def _protocol(self, players: Players, names: tuple[str, ...]) -> Protocol:
         options = self.options

@@ -91,7 +91,9 @@ class Generator(GeneratorOptions):
     @model_validator(mode="after")
     def _bias_is_a_logit(self) -> Generator:
         if self.marginal_bias and self.output != "sigmoid":
-            raise ValueError("`marginal_bias` is a logit, which only `output: sigmoid` takes back; set that, or leave it out")
+            raise ValueError(
+                "`marginal_bias` is a logit, which only `output: sigmoid` takes back; set that, or leave it out"
+            )
         return self
 
     @property
