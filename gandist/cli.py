@@ -426,11 +426,13 @@ def evaluate(
     game.scores.split=test. On many processes (accelerate launch … -m gandist evaluate …) the result is the same.
     """
     from gandist import checkpoint
-    from gandist.evaluate import against as compared
+    from gandist.evaluate import compared
+    from gandist.evaluate import earlier as read
     from gandist.evaluate import evaluate as judge
     from gandist.launcher import World
 
     found = checkpoint.find(run)
+    before = read(against) if against is not None else None
     world = World.join(found.state.precision)
     try:
         evaluation, path = judge(found, overrides or [], world, out)
@@ -438,11 +440,10 @@ def evaluate(
         world.leave()
     if evaluation is None:
         return
-    beside = compared(evaluation, against) if against is not None else []
+    earlier = compared(evaluation, before) if before is not None else {}
     if as_json:
         print(json.dumps({"images": found.state.images, **evaluation.scores, "protocol": evaluation.protocol}))
         return
-    earlier = {name: before for name, _, before in beside}
     _table(
         [
             (name, f"{value:.6g}" + (f"  (before: {earlier[name]:.6g})" if name in earlier else ""))

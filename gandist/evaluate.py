@@ -11,7 +11,7 @@ import yaml
 
 from gandist import checkpoint
 from gandist.check import contradictions
-from gandist.data.opening import data_digest, data_spec
+from gandist.data.opening import data_spec
 from gandist.game import GAMES, Evaluation, Game
 from gandist.launcher import World
 from gandist.metrics.protocol import Protocol, refuse_comparison
@@ -48,21 +48,22 @@ def evaluate(
     evaluation = recipe.game.evaluator(recipe.data, spec, world.device)(players)
     if evaluation is None:
         return None, None
-    evaluation.protocol["trained_on_this_data"] = data_digest(recipe.data) == found.state.decisive.get("data")
     folder = out or found.folder.parent.parent
     return evaluation, write_evaluation(folder, found.state.images, evaluation, channels(spec))
 
 
-def against(evaluation: Evaluation, other: Path) -> list[tuple[str, float, float]]:
-    """Scores beside those of an earlier evaluation; raises InputError unless both are of one protocol."""
+def earlier(path: Path) -> Evaluation:
+    """An evaluation that was written before; raises InputError."""
     try:
-        values: dict[str, Any] = json.loads(other.read_text())
-        card, scores = _card(values["protocol"]), {str(n): float(v) for n, v in values["scores"].items()}
+        values: dict[str, Any] = json.loads(path.read_text())
+        card = Protocol.model_validate(values["protocol"])
+        scores = {str(name): float(value) for name, value in values["scores"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{other}: is no evaluation: {error}; name a file of RUN/evaluations") from None
-    refuse_comparison(_card(evaluation.protocol), card)
-    return [(name, value, scores[name]) for name, value in evaluation.scores.items() if name in scores]
+        raise InputError(f"{path}: is no evaluation: {error}; name a file of RUN/evaluations") from None
+    return Evaluation(scores, card.model_dump(mode="json"))
 
 
-def _card(values: dict[str, Any]) -> Protocol:
-    return Protocol.model_validate({name: value for name, value in values.items() if name in Protocol.model_fields})
+def compared(evaluation: Evaluation, before: Evaluation) -> dict[str, float]:
+    """The earlier scores that both have; raises InputError unless both are of one protocol."""
+    refuse_comparison(Protocol.model_validate(evaluation.protocol), Protocol.model_validate(before.protocol))
+    return {name: before.scores[name] for name in evaluation.scores if name in before.scores}

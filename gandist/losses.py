@@ -18,6 +18,9 @@ class Adversarial(NamedTuple):
     generator: Callable[[Tensor, Tensor | None], Tensor]
     reads_real: bool = False  # the generator's loss needs the logits of real rows
     smooths: bool = False  # one-sided label smoothing has a meaning; without it `smoothing` must be 0
+    border: float | None = (
+        None  # the logit at which real and fake are equally likely; None where single logits mean nothing
+    )
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -143,10 +146,10 @@ def win_averages(fake: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 ADVERSARIAL: dict[str, Adversarial] = {
-    "minimax": Adversarial(classify, minimax, smooths=True),
-    "non_saturating": Adversarial(classify, non_saturating, smooths=True),
-    "least_squares": Adversarial(regress, least_squares, smooths=True),
-    "hinge": Adversarial(margins, raise_critic),
+    "minimax": Adversarial(classify, minimax, smooths=True, border=0.0),
+    "non_saturating": Adversarial(classify, non_saturating, smooths=True, border=0.0),
+    "least_squares": Adversarial(regress, least_squares, smooths=True, border=0.5),
+    "hinge": Adversarial(margins, raise_critic, border=0.0),
     "wasserstein": Adversarial(separate, raise_critic),
     "relativistic": Adversarial(compare_pairs, win_pairs, reads_real=True),
     "relativistic_average": Adversarial(compare_averages, win_averages, reads_real=True),

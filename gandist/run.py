@@ -27,6 +27,7 @@ from gandist.health import Health
 from gandist.launcher import World
 from gandist.log import Bar, Log, Meter
 from gandist.metrics.duplicates import duplicates
+from gandist.metrics.protocol import Protocol
 from gandist.pictures import sheet, shown
 from gandist.player import Player
 from gandist.plots import spectra
@@ -68,7 +69,8 @@ class Run:
         self.quarantined: set[int] = set()
         self.lost_data = ""
         self.allow_pipe = allow_pipe
-        self._health, self._seen = Health(), dict[str, float]()  # what rank 0 alone measures goes into its next row
+        self._health, self._health_of_samples = Health(), Health()  # of each row, and of each sheet of samples
+        self._seen: dict[str, float] = {}  # what rank 0 alone measures goes into its next row
         self._reals: Tensor | None = None
         text = recipe.to_yaml() + digest + world.precision
         same = hashlib.blake2b(text.encode(), digest_size=7).digest()
@@ -370,18 +372,16 @@ class Run:
         if len(norms) == 2 and norms[0] > 0:
             row["grad_norm/ratio"] = norms[1] / norms[0]
         if self._log:
-            row |= self._seen
-            self._log.row(row)
-            for symptom in self._health.told(self.game.symptoms(row)):
-                self._log.event(
-                    "symptom",
-                    images=self.clock.images,
-                    symptom=symptom.name,
-                    finding=symptom.finding,
-                    advice=symptom.advice,
-                )
-                self.bar.say(f"{self.clock.images:,} images: {symptom.finding}: {symptom.advice}")
+            self._log.row(row | self._seen)
+            self._tell(self._health, row)
         self._seen = {}
+
+    def _tell(self, health: Health, measured: dict[str, float]) -> None:
+        """Says and notes what has lasted; rank 0 alone."""
+        assert self._log is not None
+        for name, finding, advice in health.told(self.game.symptoms(measured)):
+            self._log.event("symptom", images=self.clock.images, symptom=name, finding=finding, advice=advice)
+            self.bar.say(f"{self.clock.images:,} images: {finding}: {advice}")
 
     def _sample(self) -> None:
         if self._log:
@@ -392,6 +392,7 @@ class Run:
                 if self._reals is None:
                     self._reals = self._some_samples(len(made))
                 self._seen["duplicates"] = duplicates(made, self._reals)
+                self._tell(self._health_of_samples, self._seen)
 
     def _evaluate(self) -> None:
         """Scores the weights of this moment, on all ranks; comes after the checkpoint, since it may take long."""
@@ -456,8 +457,8 @@ def write_evaluation(folder: Path, images: int, found: Evaluation, channels: int
 
     `channels` are those of a signal.
     """
-    text = json.dumps(found.protocol, sort_keys=True)
-    path = folder / "evaluations" / f"images_{images:09d}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    card = Protocol.model_validate(found.protocol)
+    path = folder / "evaluations" / f"images_{images:09d}_{card.digest()[:8]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"images": images, **found._asdict()}, indent=1) + "\n")
     if "spectrum/real" in found.curves:

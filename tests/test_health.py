@@ -29,12 +29,10 @@ def test_a_symptom_is_told_when_it_lasts_and_again_only_after_it_was_gone() -> N
     assert [len(health.told([symptom])) for _ in range(PATIENCE)] == [0] * (PATIENCE - 1) + [1]
 
 
-def test_what_a_row_says_becomes_symptoms_of_losses_that_they_mean_something_for() -> None:
+def test_what_a_row_says_becomes_symptoms_and_only_where_it_is_bad() -> None:
     winning = {"accuracy/real": 0.999, "accuracy/fake": 0.995}
     assert [s.name for s in _gan().symptoms(winning)] == ["discriminator_wins"]
     assert not [*_gan().symptoms({"accuracy/real": 0.999, "accuracy/fake": 0.9})]
-    assert not [*_gan(loss="relativistic").symptoms(winning)]
-    assert not [*_gan(loss="wasserstein").symptoms(winning)]
     assert [s.name for s in _gan().symptoms({"grad_norm/ratio": 1e4})] == ["generator_starves"]
     assert [s.name for s in _gan().symptoms({"duplicates": 0.5})] == ["modes_collapse"]
     assert not [*_gan().symptoms({})]

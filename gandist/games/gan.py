@@ -107,6 +107,12 @@ class Gan(Generative):
             yield ("label_smoothing",), f"has no effect on the loss `{self.loss}`, whose targets are no probabilities"
         if self.classifier_weight != 1.0 and self.conditional != "classifier":
             yield ("classifier_weight",), "has no effect without `conditional: classifier`"
+        adaptive = isinstance(self.augment, AdaOptions) and self.augment.p is None
+        if adaptive and ADVERSARIAL[self.loss].border is None:
+            yield (
+                ("augment",),
+                f"ada reads how often real samples are judged real, which a logit of the loss `{self.loss}` does not say; set `augment.p`",
+            )
         if self.order == "simultaneous" and (self.discriminator_steps > 1 or self.generator_steps > 1):
             yield ("order",), "simultaneous takes one step of each player; leave the numbers of steps out"
         if not self.fresh_noise and (self.discriminator_steps > 1 or self.generator_steps > 1):
@@ -192,23 +198,29 @@ class Gan(Generative):
         logits_real, logits_fake = verdict_real.logits.float(), verdict_fake.logits.float()
         terms = ADVERSARIAL[self.loss].discriminator(logits_real, logits_fake, self.label_smoothing)
         if verdict_real.classes is not None and labels is not None:
-            terms["class"] = self.classifier_weight * F.cross_entropy(verdict_real.classes.float(), labels)
+            both = torch.cat([verdict_real.classes, classes_of(verdict_fake)]).float()
+            terms["class"] = 2 * self.classifier_weight * F.cross_entropy(both, labels.repeat(2))
         values = {f"loss/discriminator/{name}": term.detach() for name, term in terms.items()}
         shown = Shown(batch, labels, real, fake, see, see_fake, verdict_real, verdict_fake)
         for name, penalty, weight in self.regularisers.of_discriminator(discriminator, shown, clock):
             values[f"penalty/{name}"] = penalty.detach()
             terms[name] = weight * penalty
-        sign = logits_real.detach().sign().mean()
+        border = ADVERSARIAL[self.loss].border
+        over = logits_real.detach() - (border or 0.0), logits_fake.detach() - (border or 0.0)
+        sign = over[0].sign().mean()
         if "ada_p" in discriminator.memory:
             discriminator.observe(sign=sign)
             values["augment/p"] = discriminator.memory["ada_p"].clone()
         values |= {
             "logits/real": logits_real.detach().mean(),
             "logits/fake": logits_fake.detach().mean(),
-            "accuracy/real": (logits_real > 0).float().mean(),
-            "accuracy/fake": (logits_fake < 0).float().mean(),
-            "sign/real": sign,
         }
+        if border is not None:
+            values |= {
+                "accuracy/real": (over[0] > 0).float().mean(),
+                "accuracy/fake": (over[1] < 0).float().mean(),
+                "sign/real": sign,
+            }
         return torch.stack([*terms.values()]).sum(), values
 
     def generator_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
@@ -260,10 +272,7 @@ class Gan(Generative):
 
     def symptoms(self, row: Mapping[str, float]) -> Iterator[Symptom]:
         right = min(row.get("accuracy/real", 0.0), row.get("accuracy/fake", 0.0))
-        absolute = (
-            not ADVERSARIAL[self.loss].reads_real and self.loss != "wasserstein"
-        )  # logits with a zero that means something
-        if absolute and right > WINS:
+        if right > WINS:
             yield Symptom(
                 "discriminator_wins",
                 f"the discriminator is right about {right:.1%} of real and fake samples",
@@ -325,6 +334,12 @@ def judge(discriminator: Player, real: Tensor, fake: Tensor, labels: Tensor | No
         Judged(both.logits[:count], both.features[:count], None if classes is None else classes[:count]),
         Judged(both.logits[count:], both.features[count:], None if classes is None else classes[count:]),
     )
+
+
+def classes_of(verdict: Judged) -> Tensor:
+    """The class logits of a discriminator with an auxiliary classifier."""
+    assert verdict.classes is not None
+    return verdict.classes
 
 
 def _made(generator: Player, noise: Tensor, labels: Tensor | None) -> Tensor:
