@@ -22,7 +22,8 @@ MAX_BATCH = 1 << 32  # bytes of the pixels of a batch on one process
 _UNLABELLED = {part for part, source in PARTS.items() if source.view != "labelled"}
 
 
-def _missing_parts(game: Game, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
+def missing_parts(game: Game, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What the game reads and the data does not have."""
     for part in game.parts(spec):
         if PARTS[part].role not in spec.roles:
             yield ("kind",), f"the game {game.kind} reads `{part}`, and the data has only {', '.join(spec.roles)}"
@@ -68,7 +69,7 @@ def contradictions(
             spec = None
             source.fault(("data",), str(error))
     if spec is not None and isinstance(game, Game):
-        faults, parts = [*_missing_parts(game, spec)], set(game.parts(spec))
+        faults, parts = [*missing_parts(game, spec)], set(game.parts(spec))
         for location, message in faults or game.faults(spec):
             source.fault(("game", *location), message)
         if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & parts:

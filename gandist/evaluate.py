@@ -27,6 +27,13 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
     for override in overrides:
         if not override.startswith(MAY_CHANGE):
             raise InputError(f"{override}: only `data.…` and `game.scores.…` can be changed for trained weights")
+    stored = found.state.recipe.get("game", {}).get("scores", {}).get("features") or {}
+    named = any(override.startswith("game.scores.features") for override in overrides)
+    if stored.get("kind") == "torchscript" and not named:
+        raise InputError(
+            f"{found.folder}: asks for a TorchScript program, {stored.get('path')}; name it yourself if you trust it: "
+            "'game.scores.features={kind: torchscript, path: …, sha256: …}', or other features"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "recipe.yaml"
         path.write_text(yaml.safe_dump(found.state.recipe, sort_keys=False))

@@ -104,6 +104,11 @@ class TransformOptions(Section):
             raise ValueError("`crop_at` has no effect without `crop`")
         return self
 
+    def still(self) -> TransformOptions:
+        """The same without what moves images at random: what a score or a comparison looks at."""
+        crop_at = "random" if self.crop is None else "centre"  # the default has no effect without a crop
+        return self.model_copy(update={"flip": False, "crop_at": crop_at})
+
 
 class SubsetOptions(Section):
     """A subset of the split: so many samples of each class, chosen by `seed`, whatever seed the run has."""

@@ -77,7 +77,14 @@ class Run:
         world.agree("recipe, dataset and precision", int.from_bytes(same, "little"))
         self.evaluator: Evaluator | None = None
         if recipe.run.evaluate_images is not None:
-            self.evaluator = self.game.evaluator(recipe.data, self.spec, world.device)
+            made: list[Evaluator] = []
+
+            def prepare_scores() -> int:
+                made.append(self.game.evaluator(recipe.data, self.spec, world.device))
+                return 0
+
+            world.lead(prepare_scores)  # rank 0 first: what it downloads, the others find
+            self.evaluator = made[0] if made else self.game.evaluator(recipe.data, self.spec, world.device)
         resuming = world.lead(lambda: self._open_folder(init_from))
         self.players = make_players(recipe, self.spec, world.device, world.precision)
         if resuming:
@@ -341,7 +348,8 @@ class Run:
             self._sample()
         if last or (clock.step and clock.passed(options.save_images)):
             self._save(last)
-        if clock.step and (clock.passed(options.evaluate_images) or (clock.done and self.evaluator is not None)):
+        due = clock.passed(options.evaluate_images) and not (last and not clock.done)  # who stops us will not wait
+        if clock.step and (due or (clock.done and self.evaluator is not None)):
             self._evaluate()
 
     def _write_row(self) -> None:
@@ -376,6 +384,15 @@ class Run:
             self._tell(self._health, row)
         self._seen = {}
 
+    def _duplicates(self, made: Tensor) -> dict[str, float]:
+        """The share of near twins; nothing where the data cannot be read, which is told when it is needed."""
+        try:
+            if self._reals is None:
+                self._reals = self._some_samples(len(made))
+            return {"duplicates": duplicates(made, self._reals)}
+        except (Failure, InputError):
+            return {}
+
     def _tell(self, health: Health, measured: dict[str, float]) -> None:
         """Says and notes what has lasted; rank 0 alone."""
         assert self._log is not None
@@ -389,20 +406,25 @@ class Run:
             classes = self.game.classes(self.spec) if isinstance(self.game, Generative) else None
             self._log.picture("samples", sheet(made, turns=classes or 1), self.clock.images)
             if len(made) > 1 and made[0].numel() > 2:  # points of a plane are near each other by chance
-                if self._reals is None:
-                    self._reals = self._some_samples(len(made))
-                self._seen["duplicates"] = duplicates(made, self._reals)
+                self._seen = self._duplicates(made)
                 self._tell(self._health_of_samples, self._seen)
 
     def _evaluate(self) -> None:
         """Scores the weights of this moment, on all ranks; comes after the checkpoint, since it may take long."""
         assert self.evaluator is not None
         began = time.monotonic()
-        found = self.evaluator(self.players)
-        if found is not None and self._log:
-            write_evaluation(self.folder, self.clock.images, found, channels(self.spec))
-            self._log.row({"images": self.clock.images, **{f"score/{name}": v for name, v in found.scores.items()}})
-            self.bar.say(f"{self.clock.images:,} images: {in_words(found.scores)} ({time.monotonic() - began:.0f} s)")
+        try:
+            found = self.evaluator(self.players)
+            if found is not None and self._log:
+                write_evaluation(self.folder, self.clock.images, found, channels(self.spec))
+                self._log.row({"images": self.clock.images, **{f"score/{n}": v for n, v in found.scores.items()}})
+                self.bar.say(
+                    f"{self.clock.images:,} images: {in_words(found.scores)} ({time.monotonic() - began:.0f} s)"
+                )
+        except (Failure, InputError, OSError) as error:  # costs the scores, never the run
+            if self._log:
+                self._log.event("evaluation_failed", images=self.clock.images, error=str(error))
+            self.bar.say(f"{self.clock.images:,} images could not be scored: {error}")
         self._mark = (self._mark[0] + time.monotonic() - began, *self._mark[1:])  # no part of the pace of training
 
     def _save(self, last: bool) -> None:

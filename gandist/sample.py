@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gandist import checkpoint
+from gandist.check import missing_parts
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.decode import LABEL_SUFFIX
 from gandist.data.opening import data_spec, open_reader
@@ -52,7 +53,7 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
     except ValueError as error:
         raise Failure(f"{found.folder}: its recipe is not one of this version: {error}") from None
     assert isinstance(game, Game)
-    for _, fault in game.faults(found.state.spec):
+    for _, fault in [*missing_parts(game, found.state.spec)] or game.faults(found.state.spec):
         raise Failure(f"{found.folder}: its recipe contradicts its data: {fault}")
     players = {}
     for name, side in game.sides(found.state.spec).items():
@@ -380,9 +381,7 @@ def real_data(sampler: Sampler, path: str | None) -> DataOptions:
     if path is None and options.reader != "index":
         raise InputError("--neighbours: the run's shards have no index; index them, and name the dataset with --data")
     cache = DataOptions.model_fields["cache_gib"].default
-    crop_at = "random" if options.transform.crop is None else "centre"  # the default has no effect without a crop
-    still = options.transform.model_copy(update={"flip": False, "crop_at": crop_at})
-    changes = {"reader": "index", "shuffle": "full", "transform": still, "cache_gib": cache}
+    changes = {"reader": "index", "shuffle": "full", "transform": options.transform.still(), "cache_gib": cache}
     options = options.model_copy(update=changes if path is None else {**changes, "path": path, "cache": None})
     dataset = Dataset(options.path)
     stored = dataset.spec(options.split)

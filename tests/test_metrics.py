@@ -239,14 +239,14 @@ def test_samples_of_a_diverged_generator_or_another_network_are_refused_by_name(
 def protocol(**changes: Any) -> Protocol:
     card: dict[str, Any] = {
         "scores": ["fid"], "features": "inception", "features_digest": "f5", "resize": "299", "dataset": "d", "split": "test",
-        "reals": 10, "fakes": 10, "seed": 0, "ema": True, "settings": {"kernel_subsets": 100}, "versions": {"torch": "2"},
+        "transform": "none", "reals": 10, "fakes": 10, "seed": 0, "ema": True, "settings": {"kernel_subsets": 100}, "versions": {"torch": "2"},
     }  # fmt: skip
     return Protocol(**{**card, **changes})
 
 
 OTHERS: dict[str, Any] = {
     "features": "x", "features_digest": "x", "resize": "x", "dataset": "x", "split": "x", "reals": 9, "fakes": 9, "seed": 9,
-    "ema": False, "truncation": 0.5, "labels": "uniform", "settings": {"kernel_subsets": 9},
+    "ema": False, "truncation": 0.5, "labels": "uniform", "transform": "crop", "precision": "bf16", "settings": {"kernel_subsets": 9},
 }  # fmt: skip
 
 

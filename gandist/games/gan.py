@@ -23,7 +23,7 @@ from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL
 from gandist.networks import Conditioning, DiscriminatorOptions, GeneratorOptions, Judged, Shape
 from gandist.player import EmaOptions, Memory, Player, PlayerOptions, Remembered
-from gandist.recipe import Choice, DataOptions, InputError, Section, harmless
+from gandist.recipe import Choice, DataOptions, Section, harmless
 from gandist.seeding import derive
 
 Repeat = Annotated[int, Field(ge=1, le=100)]
@@ -113,6 +113,13 @@ class Gan(Generative):
                 ("augment",),
                 f"ada reads how often real samples are judged real, which a logit of the loss `{self.loss}` does not say; set `augment.p`",
             )
+        if self.scores.truncation is not None and self.noise_distribution == "uniform":
+            yield ("scores", "truncation"), "uniform noise has no tails to cut off; leave it out"
+        if self.discriminator.clip_weights is not None and self.discriminator.network.spectral_norm:
+            yield (
+                ("discriminator", "clip_weights"),
+                "has no effect under `spectral_norm`, which divides by the size of the weights; leave one out",
+            )
         if self.order == "simultaneous" and (self.discriminator_steps > 1 or self.generator_steps > 1):
             yield ("order",), "simultaneous takes one step of each player; leave the numbers of steps out"
         if not self.fresh_noise and (self.discriminator_steps > 1 or self.generator_steps > 1):
@@ -176,8 +183,6 @@ class Gan(Generative):
         self.generator.network.start(players["generator"].module, samples)
 
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> GeneratorScores:
-        if self.scores.truncation is not None and self.noise_distribution == "uniform":
-            raise InputError("`game.scores.truncation`: uniform noise has no tails to cut off; leave it out")
         return GeneratorScores(self.scores, self, data, spec, sample_shape(spec), device)
 
     # ---- how it is played
@@ -215,7 +220,9 @@ class Gan(Generative):
             "logits/real": logits_real.detach().mean(),
             "logits/fake": logits_fake.detach().mean(),
         }
-        if border is not None:
+        if border is None:
+            values["accuracy/pairs"] = (logits_real > logits_fake).float().mean()
+        else:
             values |= {
                 "accuracy/real": (over[0] > 0).float().mean(),
                 "accuracy/fake": (over[1] < 0).float().mean(),
@@ -271,7 +278,7 @@ class Gan(Generative):
         return partial(augment.apply, parameters=drawn.rows(batch.rows), p=None if p is None else p.clone())
 
     def symptoms(self, row: Mapping[str, float]) -> Iterator[Symptom]:
-        right = min(row.get("accuracy/real", 0.0), row.get("accuracy/fake", 0.0))
+        right = row.get("accuracy/pairs", min(row.get("accuracy/real", 0.0), row.get("accuracy/fake", 0.0)))
         if right > WINS:
             yield Symptom(
                 "discriminator_wins",

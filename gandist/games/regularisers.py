@@ -98,7 +98,10 @@ class Regularisers(Section):
         return any((self.r1, self.r2, self.gradient_penalty, self.dragan, self.zero_centred))
 
     def of_discriminator(self, player: Player, shown: Shown, clock: Clock) -> Iterator[tuple[str, Tensor, float]]:
-        """Name, value and weight of each penalty that is due; computed in fp32."""
+        """Name, value and weight of each penalty that is due.
+
+        Those of gradients are in fp32 throughout, their forward included; those of logits square fp32 copies of them.
+        """
         real, fake, batch = shown.real.float(), shown.fake.detach().float(), shown.batch
 
         def judge(see: See) -> Callable[[Tensor], Tensor]:
@@ -129,7 +132,7 @@ class Regularisers(Section):
         if self.lecam is not None:
             mass = player.memory["lecam_mass"].clamp_min(1e-6)
             anchors = player.memory["lecam_real"] / mass, player.memory["lecam_fake"] / mass
-            logits = shown.verdict_real.logits, shown.verdict_fake.logits
+            logits = shown.verdict_real.logits.float(), shown.verdict_fake.logits.float()
             yield "lecam", penalties.lecam(*logits, *anchors), self.lecam.weight
             player.observe(lecam_real=logits[0].mean(), lecam_fake=logits[1].mean(), lecam_mass=torch.ones_like(mass))
         if self.consistency is not None:
@@ -147,7 +150,7 @@ class Regularisers(Section):
                 channels, height, width = samples.shape[1:]
                 drawn = augment.draw(SHIFT, shown.batch.size, (channels, height, width), source, samples.device)
                 moved = augment.apply(see(samples), drawn.rows(shown.batch.rows))
-                found.append(penalties.consistency(verdict.logits, player(moved, shown.labels).logits))
+                found.append(penalties.consistency(verdict.logits.float(), player(moved, shown.labels).logits.float()))
         return torch.stack(found).sum()
 
     def of_generator(

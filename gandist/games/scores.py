@@ -36,6 +36,7 @@ from gandist.metrics.parzen import parzen
 from gandist.metrics.protocol import Protocol, installed
 from gandist.metrics.weights import cache_folder
 from gandist.recipe import DataOptions, Failure, InputError, Section
+from gandist.seeding import derive
 
 Samples = Annotated[int, Field(ge=2, le=10_000_000)]
 Split = Annotated[str, Field(min_length=1)]
@@ -78,6 +79,13 @@ class ScoreOptions(Section):
         """Where the options contradict the data."""
         for fault in self.chosen(shape).faults(shape):
             yield ("features",), fault
+        neighbours = max(self.distribution.precision_neighbours, self.distribution.coverage_neighbours)
+        fewest = max(neighbours + 1, self.distribution.inception_splits)
+        if min(self.fakes, self.reals or self.fakes) < fewest:
+            yield (
+                ("fakes",),
+                f"with {neighbours} neighbours and {self.distribution.inception_splits} splits, {fewest} reals and fakes are needed",
+            )
         if self.parzen is not None and len(shape) != 3:
             yield ("parzen",), "is of images, and the dataset has signals; leave it out"
 
@@ -113,31 +121,41 @@ class GeneratorScores(Evaluator):
     ) -> None:  # fmt: skip
         self.options, self.game, self.device, self.spec, self.shape = options, game, device, spec, shape
         self.split = options.split or data.split
-        self.data = data.model_copy(update={"split": self.split, "subset": None, "workers": min(data.workers, 1)})
-        if data.reader == "index":
-            self.data = self.data.model_copy(update={"workers": 0, "shuffle": "full", "window_shards": 16})
+        if data.reader != "index":
+            raise InputError(
+                "`data.reader`: webdataset reads in an order of its own, which no score can be repeated from; "
+                "`gandist index` the shards, and name the index"
+            )
+        changes = {"split": self.split, "subset": None, "workers": 0, "shuffle": "full", "window_shards": 16}
+        self.data = data.model_copy(update={**changes, "transform": data.transform.still()})
         self.part = "image" if len(shape) == 3 else "signal"
         self.network: FeatureNetwork = options.chosen(shape).build().to(device)
         self.samples = self._split_samples(self.split)
-        self.reals = options.reals or min(self.samples or 50_000, 50_000)
-        if self.samples is not None and self.reals > self.samples:
+        self.reals = options.reals or min(self.samples, 50_000)
+        if self.reals > self.samples:
             raise InputError(
                 f"`game.scores.reals`: {self.reals} samples are asked of the split `{self.split}`, which has {self.samples}; use at most that"
             )
         self.mixture = self._mixture(shape)
-        if options.parzen is not None:
-            for split in (options.parzen.validation, options.parzen.test):
-                self._split_samples(split)
+        held_out = (options.parzen.validation, options.parzen.test) if options.parzen is not None else ()
+        self.held_out = {split: self._split_samples(split) for split in held_out}
+        fewest = min(self.reals, options.fakes, *self.held_out.values())
+        if -(-fewest // BLOCK) < _ranks()[1]:
+            raise InputError(
+                f"`game.scores`: {fewest} samples are fewer than a block of {BLOCK} for each of {_ranks()[1]} processes; "
+                "take more samples, or fewer processes"
+            )
         self.weights = self._class_weights()
         self.real: RealStatistics | None = None
+        self.trouble = ""  # with this process's data
 
-    def _split_samples(self, split: str) -> int | None:
-        if self.data.reader != "index":
-            return None
-        return Dataset(self.data.path).spec(split).samples
+    def _split_samples(self, split: str) -> int:
+        samples = Dataset(self.data.path).spec(split).samples
+        assert samples is not None  # an index has counted them
+        return samples
 
     def _mixture(self, shape: tuple[int, ...]) -> tuple[Any, float] | None:
-        if self.data.reader != "index" or len(shape) != 2:
+        if len(shape) != 2:
             return None
         source = Dataset(self.data.path).manifest.source
         mixed = source.get("kind") == "generated" and shape[0] * shape[1] == 2
@@ -148,31 +166,42 @@ class GeneratorScores(Evaluator):
         classes = self.game.classes(self.spec)
         if classes is None:
             return None
-        counts = Dataset(self.data.path).manifest.counts.get(self.split) if self.data.reader == "index" else None
+        counts = Dataset(self.data.path).manifest.counts.get(self.split)
         known = list(counts.labels) if counts is not None and counts.labels else [1] * classes
         return torch.tensor(known, dtype=torch.float64)
 
     def _labels(self, count: int) -> Tensor | None:
+        """In those proportions, and in an order by chance, since scores are also computed of parts of the samples."""
         if self.weights is None:
             return None
         edges = (self.weights / self.weights.sum()).cumsum(0)
         places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        return torch.searchsorted(edges, places).clamp(max=len(edges) - 1)
+        sorted_ones = torch.searchsorted(edges, places).clamp(max=len(edges) - 1)
+        source = torch.Generator().manual_seed(derive(self.options.seed, "scores/labels"))
+        return sorted_ones[torch.randperm(count, generator=source)]
 
     def _blocks(self, count: int, split: str) -> Iterator[tuple[int, Tensor]]:
         """The first row and the rows of this process's blocks of `count` real samples, in an order of the scores' own."""
         rank, ranks = _ranks()
-        options = self.data.model_copy(update={"split": split}) if self.data.reader == "index" else self.data
+        options = self.data.model_copy(update={"split": split})
         stream = open_batches(options, Share((self.part,), BLOCK, self.options.seed, self.device))
+        trouble = ""
         try:
             for block in range(rank, -(-count // BLOCK), ranks):
-                for fault in stream.ready([block]):
-                    if fault.number < 0 or not self.data.quarantine:
-                        raise Failure(fault.message)
+                found = stream.ready([block])
+                trouble = next((f.message for f in found if f.number < 0 or not self.data.quarantine), "")
+                if trouble:
+                    break  # and go on to where all processes meet
                 (batch,) = stream.read(block)
                 yield block * BLOCK, batch[self.part][: count - block * BLOCK]
         finally:
             stream.close()
+        self.trouble = self.trouble or trouble
+
+    def _refuse_trouble(self) -> None:
+        """All processes stop together where the data of one was bad."""
+        if _any(bool(self.trouble), self.device):
+            raise Failure(self.trouble or "another process could not read its share of the data for the scores")
 
     def _features(self, blocks: Iterator[tuple[int, Tensor]]) -> Features:
         pool, logits, numbers = [], [], []
@@ -181,7 +210,7 @@ class GeneratorScores(Evaluator):
             pool.append(found.pool)
             logits += [found.logits] if found.logits is not None else []
             numbers.append(torch.arange(first, first + len(rows)))
-        _require(pool, "samples than processes")
+        self._refuse_trouble()
         numbered = torch.cat(numbers)
         return Features(gathered(torch.cat(pool), numbered), gathered(torch.cat(logits), numbered) if logits else None)
 
@@ -242,9 +271,9 @@ class GeneratorScores(Evaluator):
         )
         values = gathered(torch.cat(made), torch.cat(numbers)) if keep else torch.empty(0)
         held_out = []
-        for split in (self.options.parzen.validation, self.options.parzen.test) if self.options.parzen else ():
-            blocks = [*self._blocks(self._split_samples(split) or 10_000, split)]
-            _require(blocks, f"samples of `{split}` than processes")
+        for split in self.held_out:
+            blocks = [*self._blocks(self.held_out[split], split)]
+            self._refuse_trouble()
             order = torch.cat([torch.arange(first, first + len(rows)) for first, rows in blocks])
             held_out.append(gathered(torch.cat([rows for _, rows in blocks]).contiguous(), order))
         if _ranks()[0] != 0:
@@ -274,7 +303,7 @@ class GeneratorScores(Evaluator):
         options = self.options
         settings: dict[str, Any] = dict(options.distribution.model_dump())
         if options.parzen is not None:
-            settings["parzen_samples"] = options.parzen.samples
+            settings |= {f"parzen_{name}": value for name, value in options.parzen.model_dump().items()}
         rule = None
         if self.weights is not None:
             rule = (
@@ -286,6 +315,8 @@ class GeneratorScores(Evaluator):
             features_digest=self.network.digest,
             resize=self.network.resize,
             dataset=data_digest(self.data),
+            transform=json.dumps(self.data.transform.model_dump(mode="json", exclude_defaults=True)),
+            precision=str(players["generator"].dtype).removeprefix("torch."),
             split=self.split,
             reals=self.reals,
             fakes=options.fakes,
@@ -298,9 +329,12 @@ class GeneratorScores(Evaluator):
         )
 
 
-def _require(found: list[Any], what: str) -> None:
-    if not found:
-        raise InputError(f"there are fewer blocks of {BLOCK} {what}; evaluate with fewer processes, or more samples")
+def _any(mine: bool, device: torch.device) -> bool:
+    """Whether any process says so."""
+    flag = torch.tensor([int(mine)], device=device)
+    if _ranks()[1] > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def _agreed(mine: bool, device: torch.device) -> bool:

@@ -23,14 +23,16 @@ class Protocol(Section):
     features_digest: Name
     resize: Name
     dataset: Name  # its digest
+    transform: Name  # of the data, on the way to the features
     split: Name
     reals: Count
     fakes: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]  # of the noise and the subsets, not of the training
     ema: bool  # whether the average weights made the samples
     truncation: Annotated[float, Field(ge=0, strict=False)] | None = None
+    precision: Name = "fp32"  # that the samples were made in
     labels: Name | None = None  # how the classes of the samples are chosen; None: there are none
-    settings: dict[str, int | float] = {}  # of the scores: neighbours, subsets, splits …
+    settings: dict[str, int | float | str] = {}  # of the scores: neighbours, subsets, splits …
     versions: dict[str, str] = {}
 
     loose: ClassVar[frozenset[str]] = frozenset({"scores", "versions"})

@@ -199,9 +199,9 @@ def _plucked(number: int) -> tuple[Floats, int | None]:
 
 
 GENERATED = {
-    "grid-25": Formula(_of_mixture("grid-25"), {"train": 100_000}, 1),
-    "ring-8": Formula(_of_mixture("ring-8"), {"train": 100_000}, 1),
-    "gaussian": Formula(_gaussian, {"train": 100_000}, 1),  # N(0, 1)
+    "grid-25": Formula(_of_mixture("grid-25"), {"train": 20_000}, 1),
+    "ring-8": Formula(_of_mixture("ring-8"), {"train": 20_000}, 1),
+    "gaussian": Formula(_gaussian, {"train": 20_000}, 1),  # N(0, 1)
     "strings": Formula(_plucked, {"train": 9000, "test": 1000}, 1, tuple(OPEN_STRINGS)),
 }
 
