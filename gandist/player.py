@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
+from gandist import penalties
 from gandist.recipe import Choice, Section
 
 Item = TypeVar("Item")
@@ -337,8 +338,7 @@ class Player:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.optimizer.step()
         if self.options.clip_weights is not None:
-            torch._foreach_clamp_min_(self.parameters, -self.options.clip_weights)
-            torch._foreach_clamp_max_(self.parameters, self.options.clip_weights)
+            penalties.clip_weights_(self.parameters, self.options.clip_weights)
         self.skipped += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
         return norm, bad

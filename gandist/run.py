@@ -28,6 +28,7 @@ from gandist.launcher import World
 from gandist.log import Bar, Log, Meter
 from gandist.metrics.duplicates import duplicates
 from gandist.metrics.protocol import Protocol
+from gandist.penalties import distance_to_history
 from gandist.pictures import sheet, shown
 from gandist.player import Player
 from gandist.plots import spectra
@@ -357,6 +358,10 @@ class Run:
         for name, player in self.players.items():
             values[f"learning_rate/{name}"] = player.learning_rate
             values[f"skipped/{name}"] = float(player.skipped)
+            if player.history:
+                here = dict(player.module.named_parameters())
+                distance = distance_to_history(here.values(), [player.history[key] for key in here])
+                values[f"distance_to_history/{name}"] = float(distance)
             if float(player.skipped_in_a_row) >= MAX_SKIPPED:
                 raise Failure(
                     f"{name}: no finite gradient in {MAX_SKIPPED} steps up to {self.clock.images} images: training has diverged; "

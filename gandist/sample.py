@@ -119,13 +119,7 @@ class Sampler:
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of an image or (C, L) of a signal."""
-        if self.spec.image is None:
-            assert self.spec.signal is not None
-            return self.spec.signal.channels, self.spec.signal.length
-        image = self.spec.image
-        assert image.height is not None
-        assert image.width is not None
-        return image.channels, image.height, image.width
+        return self.spec.shape
 
     @property
     def turns(self) -> int:

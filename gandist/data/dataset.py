@@ -108,6 +108,16 @@ class Spec(Section):
         """The members that every sample has."""
         return tuple(role for role in ("image", "label", "mask", "signal") if getattr(self, role) is not None)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of an image, or else (C, L) of a signal, for data whose samples are of one size."""
+        if self.image is None:
+            assert self.signal is not None
+            return self.signal.channels, self.signal.length
+        assert self.image.height is not None
+        assert self.image.width is not None
+        return self.image.channels, self.image.height, self.image.width
+
 
 class Counts(Section):
     """What a split holds by class: samples by label, pixels by mask class, and files left out because they are damaged."""

@@ -21,7 +21,7 @@ from gandist.games.regularisers import Regularisers, See, Shown, as_it_is
 from gandist.games.scores import GeneratorScores, ScoreOptions
 from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL
-from gandist.networks import Conditioning, DiscriminatorOptions, GeneratorOptions, Judged, Shape
+from gandist.networks import Conditioning, DiscriminatorOptions, GeneratorOptions, Judged
 from gandist.player import EmaOptions, Memory, Player, PlayerOptions, Remembered
 from gandist.recipe import Choice, DataOptions, Section, harmless
 from gandist.seeding import derive
@@ -88,7 +88,7 @@ class Gan(Generative):
                 "the images of `data.path` differ in size, and a generator makes one; set `data.transform.crop`, or pack them with --size",
             )
             return
-        shape = sample_shape(spec)
+        shape = spec.shape
         for fault in self.generator.network.faults(shape):
             yield ("generator", "network", "kind"), fault
         for fault in self.discriminator.network.faults(shape):
@@ -137,7 +137,7 @@ class Gan(Generative):
             )
 
     def sides(self, spec: Spec) -> dict[str, Side]:
-        shape, classes = sample_shape(spec), self.classes(spec)
+        shape, classes = spec.shape, self.classes(spec)
         of_discriminator, of_generator = self.regularisers.remembered()
         if isinstance(self.augment, AdaOptions) and self.augment.p is None:
             of_discriminator |= {"ada_p": self.augment.start, "ada_signs": 0.0, "ada_turns": 0.0}
@@ -168,7 +168,7 @@ class Gan(Generative):
         labels = () if self.conditional is None else (torch.zeros(2, dtype=torch.int64),)
         return {
             "generator": (torch.zeros(2, self.noise), *labels),
-            "discriminator": (torch.zeros(2, *sample_shape(spec)), *labels),
+            "discriminator": (torch.zeros(2, *spec.shape), *labels),
         }
 
     def classes(self, spec: Spec) -> int | None:
@@ -183,7 +183,7 @@ class Gan(Generative):
         self.generator.network.start(players["generator"].module, samples)
 
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> GeneratorScores:
-        return GeneratorScores(self.scores, self, data, spec, sample_shape(spec), device)
+        return GeneratorScores(self.scores, self, data, spec, spec.shape, device)
 
     # ---- how it is played
 
@@ -318,16 +318,6 @@ class Gan(Generative):
     def make(self, module: Any, latents: Tensor, labels: Tensor | None) -> Tensor:
         made: Tensor = module(latents) if labels is None else module(latents, labels)
         return made
-
-
-def sample_shape(spec: Spec) -> Shape:
-    """(C, H, W) of an image or (C, L) of a signal."""
-    if spec.image is None:
-        assert spec.signal is not None  # the parts of this game have been checked
-        return spec.signal.channels, spec.signal.length
-    assert spec.image.height is not None
-    assert spec.image.width is not None
-    return spec.image.channels, spec.image.height, spec.image.width
 
 
 def judge(discriminator: Player, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Judged, Judged]:
