@@ -307,9 +307,10 @@ def test_signals_become_float_batches_and_a_picture(gandist: Callable, tmp_path:
     assert batch["signal"].shape == (20, 1, 50)
     assert np.array_equal(batch["signal"][:, 0].numpy(), signals[batch.numbers["signal"]])
     stream.close()
-    result = gandist("train", recipe(data=tmp_path / "out"))
+    result = gandist("train", recipe(data=tmp_path / "out", discriminator="{kind: dcgan}"))
     assert result.code == 2
-    assert "the game gan reads `image`, and the data has only signal" in result.err
+    assert "`dcgan` is for images, and the dataset has signals" in result.err
+    assert gandist("train", recipe(data=tmp_path / "out")).code == 0
 
 
 def test_shares_parts_and_options_that_cannot_be_are_refused_before_anything_is_written(

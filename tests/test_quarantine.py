@@ -25,11 +25,13 @@ SAMPLES, BATCH, CLASSES = 96, 16, 10
 
 # A game that reads labels too, installed as a stranger's package would be.
 GAME = """\
-from typing import ClassVar, Literal
+from typing import Literal
 from gandist.games.gan import Gan
 class Labelled(Gan):
     kind: Literal["labelled"]
-    parts: ClassVar[tuple[str, ...]] = ("image", "label")
+
+    def parts(self, spec):
+        return "image", "label"
 """
 
 

@@ -38,7 +38,7 @@ run:
     assert "Traceback" not in result.err
     for fault in [
         "line 3: `data.splitt`: unknown key; did you mean `split`?",
-        "line 6: `game.loss`: must be 'non_saturating' or 'minimax', not 'hindge'",
+        "line 6: `game.loss`: must be 'minimax', 'non_saturating', 'least_squares', 'hinge', 'wasserstein', 'relativistic' or 'relativistic_average', not 'hindge'",
         "line 8: `game.generator.network.widht`: unknown key; did you mean `width`?",
         "line 9: `game.generator.ema.half_life_images`: must be at least 1, not 0",
         "line 11: `game.discriminator.network`: 'dcgen' is not a discriminator; did you mean `dcgan`?",
