@@ -204,3 +204,15 @@ def on_ranks(ranks: int, function: Callable[..., object], *arguments: object) ->
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(ranks, mp_context=context) as pool:
         jobs = [pool.submit(_rank, function, rank, ranks, f"{folder}/store", arguments) for rank in range(ranks)]
         return [job.result(timeout=120) for job in jobs]
+
+
+Update = tuple[float, list[list[float]]]  # a loss, and the gradient of each weight
+
+
+def assert_equal_updates(one: Update, *others: Update) -> None:
+    """To float64 rounding: what one process has with the whole batch, and what ranks have that average their gradients."""
+    value, gradients = one
+    for other_value, other_gradients in others:
+        assert other_value == pytest.approx(value, rel=1e-12, abs=1e-14)
+        for gradient, other in zip(gradients, other_gradients, strict=True):
+            assert other == pytest.approx(gradient, rel=1e-10, abs=1e-13)

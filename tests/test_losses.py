@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import on_ranks
+from conftest import Update, assert_equal_updates, on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -363,7 +363,7 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def updates() -> dict[str, tuple[float, list[list[float]]]]:
+def updates() -> dict[str, Update]:
     """Of each case the loss, meaned over the ranks, and the gradient that DDP leaves."""
     found = {}
     for name, case in cases().items():
@@ -382,27 +382,23 @@ def updates() -> dict[str, tuple[float, list[list[float]]]]:
 
 
 @pytest.fixture(scope="module")
-def on_two() -> list[dict[str, tuple[float, list[list[float]]]]]:
+def on_two() -> list[dict[str, Update]]:
     return on_ranks(2, updates)
 
 
 @pytest.fixture(scope="module")
-def on_one() -> dict[str, tuple[float, list[list[float]]]]:
+def on_one() -> dict[str, Update]:
     return updates()
 
 
 @pytest.mark.parametrize("name", cases())
 def test_two_processes_that_average_their_gradients_have_the_gradient_of_one_with_the_whole_batch(
     name: str,
-    on_one: dict[str, tuple[float, list[list[float]]]],
-    on_two: list[dict[str, tuple[float, list[list[float]]]]],
+    on_one: dict[str, Update],
+    on_two: list[dict[str, Update]],
 ) -> None:
-    value, gradients = on_one[name]
-    assert any(any(gradient) for gradient in gradients)
-    for other_value, others in (rank[name] for rank in on_two):
-        assert other_value == pytest.approx(value, rel=1e-12, abs=1e-14)
-        for gradient, other in zip(gradients, others, strict=True):
-            assert other == pytest.approx(gradient, rel=1e-10, abs=1e-13)
+    assert any(any(gradient) for gradient in on_one[name][1])
+    assert_equal_updates(on_one[name], *(rank[name] for rank in on_two))
 
 
 def test_one_process_has_nothing_to_average() -> None:

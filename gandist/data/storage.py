@@ -207,18 +207,18 @@ class _Short(ConnectionError):
 
 
 @contextmanager
-def _aside(to: Path) -> Iterator[BinaryIO]:
+def aside(to: Path) -> Iterator[BinaryIO]:
     """A file of another name that takes the name `to` when all is written, and is removed when not."""
-    aside = to.with_name(f".{to.name}.{secrets.token_hex(6)}.part")
+    part = to.with_name(f".{to.name}.{secrets.token_hex(6)}.part")
     try:
-        with aside.open("xb") as file:
+        with part.open("xb") as file:
             yield file
-        aside.replace(to)
+        part.replace(to)
     except OSError as error:
         raise Failure(f"{to}: cannot be written: {error.strerror}") from None
     finally:
         with suppress(OSError):
-            aside.unlink()
+            part.unlink()
 
 
 class Store:
@@ -424,7 +424,7 @@ class Store:
         size = self._size(name, there=True)
         if expected not in (None, size):
             raise Failure(f"{self.name(name)}: {size} bytes, not {expected}: it was replaced or cut off")
-        with _aside(to) as file:
+        with aside(to) as file:
             for start in range(0, size, CHUNK):
                 if stop is not None and stop.is_set():
                     raise Failure(f"{self.name(name)}: not fetched: the cache was closed")
@@ -434,7 +434,7 @@ class Store:
         """Writes a file whole; raises InputError over HTTP, which has no way to."""
         url = self._full(name)
         if self.local is not None:
-            with _aside(self.local / name) as file:
+            with aside(self.local / name) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

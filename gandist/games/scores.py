@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.opening import data_digest, open_batches
 from gandist.data.sources.generated import mixture
+from gandist.data.storage import aside
 from gandist.data.stream import Share
 from gandist.game import BLOCK, Evaluation, Evaluator, Generative, Players
 from gandist.metrics.distribution import DistributionOptions, RealStatistics, in_order, score
@@ -348,11 +348,10 @@ def _agreed(mine: bool, device: torch.device) -> bool:
 
 def _store(path: Any, found: RealStatistics) -> None:
     """Keeps what took long; a cache that cannot be written costs time later, and nothing else."""
-    scratch = path.with_name(f"{path.stem}.{os.getpid()}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {name: array.numpy() for name, array in found.as_arrays().items()}
-        np.savez(scratch, **arrays)
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
+        with aside(path) as file:
+            np.savez(file, **arrays)
+    except (OSError, Failure):
+        return

@@ -14,7 +14,6 @@ from torch import Tensor
 from gandist.metrics.distances import chunks, exact, squared
 from gandist.recipe import InputError
 
-SAMPLES = 10_000  # of the generator, in the paper's protocol
 VALIDATION = 1000  # images that choose σ: the first ones
 SIGMAS = tuple(10 ** (step / 9 - 1) for step in range(10))  # logspace(−1, 0, 10)
 

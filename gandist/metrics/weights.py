@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import secrets
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import wrap_file
 
+from gandist.data.storage import aside
 from gandist.recipe import Failure, InputError
 
 CHUNK = 1 << 20
@@ -61,14 +61,12 @@ def fetched(url: str, sha256: str, size: int) -> bytes:
     if len(data) != size or (found := hashlib.sha256(data).hexdigest()) != sha256:
         what = f"SHA-256 {found}, not {sha256}" if len(data) == size else f"{len(data)} bytes or more, not {size}"
         raise Failure(f"{url}: came with {what}; it is not used. Fetch it elsewhere and set `path` to the copy")
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data)
-        aside.replace(path)
+        with aside(path) as file:
+            file.write(data)
     except OSError as error:
         raise Failure(f"{path}: cannot be written: {error.strerror}; set GANDIST_CACHE to a folder of yours") from None
-    finally:
-        with suppress(OSError):
-            aside.unlink()
+    except Failure as error:
+        raise Failure(f"{error}; set GANDIST_CACHE to a folder of yours") from None
     return bytes(data)
