@@ -12,33 +12,21 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
 from gandist.data.dataset import Count, Hex, Spec
 from gandist.recipe import Failure, InputError, Section, wording
+from gandist.tensors import FileRecord, fill, packed, record, unpacked
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _FOLDER = re.compile(r"images_(\d{9,})")
 _MAX_JSON = 4 << 20
-_MAX_HEADER = 16 << 20
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(safetensors|json)$")]
 
 Kind = TypeVar("Kind", bound=Section)
 Files = dict[str, dict[str, Tensor]]  # tensors by file name (without suffix) and name
-
-
-class FileRecord(Section):
-    """What a file of a checkpoint must be."""
-
-    bytes: Count
-    sha256: Hex
-
-
-NO_FILE = FileRecord(bytes=1, sha256="0" * 64)
 
 
 class Manifest(Section):
@@ -85,12 +73,7 @@ def _write(path: Path, data: bytes) -> FileRecord:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses channels-last strides; `copy_` at load brings them back
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return record(data)
 
 
 def save(root: Path, state: State, files: Files, keep: int) -> Path:
@@ -119,7 +102,7 @@ def save(root: Path, state: State, files: Files, keep: int) -> Path:
     aside.mkdir()
     try:
         records = {
-            f"{name}.safetensors": _write(aside / f"{name}.safetensors", safetensors.torch.save(_plain(tensors)))
+            f"{name}.safetensors": _write(aside / f"{name}.safetensors", packed(tensors))
             for name, tensors in files.items()
         }
         records[STATE] = _write(aside / STATE, state.model_dump_json(indent=1).encode())
@@ -186,29 +169,29 @@ class Checkpoint:
         )
         if strange:
             raise Failure(f"{folder / strange[0]}: not in the manifest")
-        for name, record in self.files.items():
+        for name, wanted in self.files.items():
             if name != STATE:
-                self._read(name, record)
+                self._read(name, wanted)
         if STATE not in self.files:
             raise Failure(f"{folder}: its manifest names no {STATE}")
         self.state = self._parse(State, STATE, self._read(STATE, self.files[STATE]))
         if _FOLDER.fullmatch(folder.name) and self.state.images != int(folder.name.removeprefix("images_")):
             raise Failure(f"{folder / STATE}: says {self.state.images} images, and the folder's name another number")
 
-    def _read(self, name: str, record: FileRecord | None) -> bytes:
+    def _read(self, name: str, wanted: FileRecord | None) -> bytes:
         path = self.folder / name
         try:
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode):
                 raise Failure(f"{path}: not a plain file")
-            if record is not None and status.st_size != record.bytes:
-                raise Failure(f"{path}: {status.st_size} bytes, and the manifest says {record.bytes}")
+            if wanted is not None and status.st_size != wanted.bytes:
+                raise Failure(f"{path}: {status.st_size} bytes, and the manifest says {wanted.bytes}")
             if name.endswith(".json") and status.st_size > _MAX_JSON:
                 raise Failure(f"{path}: {status.st_size} bytes are too many; the limit is {_MAX_JSON}")
             data = path.read_bytes()
         except OSError as error:
             raise Failure(f"{path}: cannot be read: {error.strerror}") from None
-        if record is not None and hashlib.sha256(data).hexdigest() != record.sha256:
+        if wanted is not None and hashlib.sha256(data).hexdigest() != wanted.sha256:
             raise Failure(f"{path}: damaged: its SHA-256 is not the manifest's")
         return data
 
@@ -225,50 +208,8 @@ class Checkpoint:
         if file not in self.files:
             raise Failure(f"{self.folder / file}: not in the checkpoint")
         data = self._read(file, self.files[file])
-        check_header(self.folder / file, data)
-        try:
-            tensors = safetensors.torch.load(data)
-        except safetensors.SafetensorError as error:
-            raise Failure(f"{self.folder / file}: not a safetensors file: {error}") from None
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise Failure(f"{self.folder / file}: `{key}` is not finite")
-        return tensors
+        return unpacked(data, self.folder / file)
 
     def restore(self, name: str, into: dict[str, Tensor]) -> None:
         """Copies a file's tensors into `into`, which must have exactly these names, shapes and dtypes."""
-        found = self.tensors(name)
-        where = self.folder / f"{name}.safetensors"
-        if found.keys() != into.keys():
-            missing, strange = sorted(into.keys() - found.keys()), sorted(found.keys() - into.keys())
-            raise Failure(
-                f"{where}: lacks {missing[:3]} and has {strange[:3]} that the network does not: another architecture"
-            )
-        for key, tensor in into.items():
-            if found[key].shape != tensor.shape or found[key].dtype != tensor.dtype:
-                raise Failure(
-                    f"{where}: `{key}` is {found[key].dtype} {tuple(found[key].shape)}, and the network has "
-                    f"{tensor.dtype} {tuple(tensor.shape)}"
-                )
-        with torch.no_grad():
-            for key, tensor in into.items():
-                tensor.copy_(found[key])
-
-
-def check_header(path: Path, data: bytes) -> None:
-    """Bounds on the header before safetensors parses it: it takes the last of duplicate keys, and any length."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({name for name, _ in pairs}) != len(pairs):
-            raise ValueError("a name stands twice in its header")
-        return dict(pairs)
-
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
-        raise Failure(f"{path}: not a safetensors file: its header would have {length} bytes")
-    try:
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=once)
-        if not isinstance(header, dict):
-            raise ValueError("its header is not a mapping")
-    except (ValueError, RecursionError) as error:
-        raise Failure(f"{path}: not a safetensors file: {error}") from None
+        fill(into, self.tensors(name), self.folder / f"{name}.safetensors")

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
 from gandist.health import Symptom
+from gandist.networks.noise import BLOCK
 from gandist.player import Player, PlayerOptions, Remembered
-from gandist.recipe import Choice, DataOptions, InputError, Section
+from gandist.recipe import Choice, DataOptions, Section, installed
 
 Players = Mapping[str, Player]
 SAMPLES = 64  # in the grids that a run draws of itself
-BLOCK = 64  # samples that are made at once, whoever makes them: so they are the same for any number of processes
 
 
 class Loss(Protocol):
@@ -165,14 +164,14 @@ class Generative(Game):
 
     def made(
         self, players: Players, spec: Spec, count: int, seed: int, *, labels: Tensor | None = None,
-        truncation: float | None = None, first: int = 0, every: int = 1,
+        truncation: float | None = None, first: int = 0, every: int = 1, average: bool = True,
     ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
         """The number of its first row and the rows of each block, on the device: of `count` samples, every `every`-th block from
-        block `first` on. `labels` (count,) are their classes, which take turns unless given."""
+        block `first` on. `labels` (count,) are their classes, which take turns unless given; `average` prefers average weights."""
         generator, classes = players["generator"], self.classes(spec)
         if classes is not None and labels is None:
             labels = torch.arange(count) % classes
-        with generator.evaluating() as module:
+        with generator.evaluating(average) as module:
             for block in range(first, -(-count // BLOCK), every):
                 rows = range(block * BLOCK, min(count, (block + 1) * BLOCK))
                 latents = self.latents(block, seed, generator.device, truncation)
@@ -202,24 +201,4 @@ def draws(phases: tuple[Phase, ...], step: int) -> list[list[int]]:
     return found
 
 
-def _section(entry: EntryPoint, base: type[Section]) -> type[Section]:
-    found = entry.load()
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise InputError(f"entry point {entry.name} = {entry.value}: not a {base.__name__}")
-    return found
-
-
-def _installed(group: str, prefix: str, base: type[Section]) -> dict[str, Callable[[], type[Section]]]:
-    return {
-        entry.name.removeprefix(prefix): partial(_section, entry, base)
-        for entry in entry_points(group=group)
-        if entry.name.startswith(prefix)
-    }
-
-
-def network(role: str, base: type[Section]) -> Choice:
-    """Networks of a role (`generator`, `discriminator` …) by the name that an installed package gave them."""
-    return Choice(f"a {role}", partial(_installed, "gandist.networks", f"{role}.", base))
-
-
-GAMES = Choice("a game", partial(_installed, "gandist.games", "", Game))
+GAMES = Choice("a game", partial(installed, "gandist.games", "", Game))

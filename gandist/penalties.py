@@ -53,6 +53,12 @@ def r2(judge: Judge, fake: Tensor) -> Tensor:
     return r1(judge, fake)
 
 
+def r1_and_r2(judge: Judge, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Both from one forward of a judge of (2B, …), real rows first: half the passes over the network of one after the other."""
+    of_real, of_fake = _slopes(judge, torch.cat([at_least_fp32(real), at_least_fp32(fake)])).square().sum(1).chunk(2)
+    return of_real.mean() / 2, of_fake.mean() / 2
+
+
 def gradient_penalty(judge: Judge, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
     """E (‖∇D(x̂)‖ − 1)² at x̂ = mix · x + (1 − mix) · G(z): Gulrajani et al. 2017, equation 3; mix (B,) is uniform in 0 … 1."""
     return _off_unit(_slopes(judge, _between(real, fake, mix)))

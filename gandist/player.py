@@ -407,9 +407,9 @@ class Player:
         torch._foreach_lerp_(averages, values, weight)
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
-        """The module to judge or to use: the EMA where there is one, in evaluation mode, without gradients."""
-        module = self.ema if self.ema is not None else self.module
+    def evaluating(self, average: bool = True) -> Iterator[nn.Module]:
+        """The module to judge or to use: the EMA where there is one and `average` is true, in evaluation mode, without gradients."""
+        module = self.ema if self.ema is not None and average else self.module
         training = module.training
         module.eval()
         for layer in self._statistics:

@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,6 +65,22 @@ class Choice:
 
     def __call__(self, values: object, _: object) -> Section:
         return values if isinstance(values, Section) else self.pick(values).model_validate(values)
+
+
+def installed(group: str, prefix: str, base: type[Section]) -> dict[str, Callable[[], type[Section]]]:
+    """The sections that installed packages name in an entry point group, by what follows the prefix; each is imported when asked for."""
+    return {
+        entry.name.removeprefix(prefix): partial(_section, entry, base)
+        for entry in entry_points(group=group)
+        if entry.name.startswith(prefix)
+    }
+
+
+def _section(entry: EntryPoint, base: type[Section]) -> type[Section]:
+    found = entry.load()
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputError(f"entry point {entry.name} = {entry.value}: not a {base.__name__}")
+    return found
 
 
 def suggestion(word: str, known: Mapping[str, object] | list[str]) -> str:

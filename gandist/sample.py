@@ -28,13 +28,15 @@ from gandist.data.read import Reader
 from gandist.data.sources import Item, Source, Split
 from gandist.data.sources.arrays import image_members, npy_bytes, signal_members
 from gandist.data.stream import Share, Stream
-from gandist.game import BLOCK, GAMES, Game, Generative
+from gandist.game import GAMES, Game, Generative
 from gandist.metrics.distances import exact, squared
 from gandist.metrics.duplicates import duplicates
 from gandist.metrics.features import FEATURES, FeatureNetwork, FeatureOptions, in_8_bits
+from gandist.networks.noise import BLOCK
 from gandist.pictures import Picture, grid, plots, save_png, save_video, sheet
 from gandist.player import Player
 from gandist.recipe import DataOptions, Failure, InputError, suggestion
+from gandist.tensors import NO_FILE
 
 CHECKED, FEWEST = 256, 16  # samples that are looked through for duplicates, and how many it takes
 MAX_SHEET = 1 << 28  # values of the samples of one sheet: a GiB of float32
@@ -59,7 +61,7 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
     for name, side in game.sides(found.state.spec).items():
         with torch.device("meta"):  # a checkpoint cannot ask for more memory than its own file has
             needed = sum(p.numel() * p.element_size() for p in side.build().parameters())
-        if needed > found.files.get(f"{name}.safetensors", checkpoint.NO_FILE).bytes:
+        if needed > found.files.get(f"{name}.safetensors", NO_FILE).bytes:
             raise Failure(f"{found.folder}: its recipe describes a larger {name} than the one it holds")
         player = players[name] = Player(
             name,

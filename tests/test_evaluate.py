@@ -16,8 +16,9 @@ from PIL import Image
 from gandist import checkpoint
 from gandist.data.sources.generated import mixture
 from gandist.evaluate import read_for
+from gandist.exported import Discriminator, load
 from gandist.game import Evaluation, Game
-from gandist.metrics.features import PixelsOptions
+from gandist.metrics.features import ExportedOptions, PixelsOptions
 from gandist.metrics.parzen import parzen
 from gandist.sample import restored
 
@@ -83,6 +84,61 @@ def test_the_real_side_is_computed_once_and_found_again_by_its_protocol(trained:
     assert kept.stat().st_mtime_ns == stamp
     _scores(str(trained), [*SCORES, "game.scores.seed=1"], str(cache))
     assert len([*(cache / "statistics").iterdir()]) == 2
+
+
+def test_the_last_weights_are_scored_where_that_is_asked_for_and_the_card_says_so(
+    gandist: Callable, trained: Path, cache: Path, tmp_path: Path
+) -> None:
+    average = _scores(str(trained), SCORES, str(cache))
+    last = _scores(str(trained), [*SCORES, "game.scores.average=false"], str(cache))
+    assert average is not None
+    assert last is not None
+    assert (average.protocol["ema"], last.protocol["ema"]) == (True, False)
+    assert average.scores["fd"] != last.scores["fd"]
+    found = checkpoint.find(trained)
+    _, players = restored(found, torch.device("cpu"))
+    players["generator"].ema = None
+    recipe = read_for(found, SCORES)
+    assert isinstance(recipe.game, Game)
+    bare = recipe.game.evaluator(recipe.data, found.state.spec, torch.device("cpu"))(players)
+    assert bare is not None
+    assert bare.scores == last.scores
+    path = tmp_path / "bare.yaml"
+    path.write_text((trained / "recipe.yaml").read_text())
+    refused = gandist("describe", path, "game.generator.ema=null", "game.scores.average=false")
+    assert refused.code == 2
+    assert "`game.scores.average`: has no effect" in refused.err
+
+
+def test_an_exported_discriminator_is_a_feature_network_of_safetensors(
+    gandist: Callable, trained: Path, cache: Path, tmp_path: Path
+) -> None:
+    for player in ("generator", "discriminator"):
+        assert gandist("export", trained, tmp_path / player, "--player", player).code == 0
+    judge = tmp_path / "discriminator"
+    features = f"game.scores.features={{kind: exported, path: {judge}}}"
+    found = _scores(str(trained), [features, *SCORES[1:]], str(cache))
+    assert found is not None
+    assert {"fd", "kd", "precision"} <= found.scores.keys()
+    config = json.loads((judge / "config.json").read_text())
+    assert found.protocol["features_digest"] == config["weights"]["sha256"]
+    images = 2 * torch.rand(5, 1, 28, 28) - 1
+    network = ExportedOptions(kind="exported", path=str(judge)).build()
+    module = load(judge)
+    assert isinstance(module, Discriminator)
+    expected = module((127.5 * (images + 1)).round() / 127.5 - 1, torch.arange(5))
+    torch.testing.assert_close(network(images).pool, expected.features)  # a class does not change them
+    for features, rule in (
+        (f"{{kind: exported, path: {tmp_path / 'generator'}}}", "holds a generator"),
+        (f"{{kind: exported, path: {tmp_path / 'none'}}}", "gandist export RUN"),
+    ):
+        refused = gandist("evaluate", trained, f"game.scores.features={features}", *SCORES[1:])
+        assert refused.code == 2, refused.err
+        assert rule in refused.err
+        assert "`game.scores.features`" in refused.err
+    (other,) = ExportedOptions(kind="exported", path=str(judge)).faults((3, 32, 32))
+    assert "28×28 in 1 channel," in other
+    assert "32×32 in 3 channels" in other
 
 
 def test_evaluate_prints_writes_and_compares_scores_of_one_protocol_alone(

@@ -230,7 +230,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "images that it cannot make": (sealed(network={"kind": "signal"}), InputError, "is for signals"),
     "an endless number": (edit('"images": 48', '"images": 1e999'), InputError, "`images`"),
     "a pickle": (lambda f: put(f, pickle.dumps(Bomb()) + bytes(1 << 20)), Failure, "not a safetensors file"),
-    "other tensors": (lambda f: put(f, safetensors.torch.save({"x": torch.zeros(1 << 18)})), Failure, "is only in"),
+    "other tensors": (lambda f: put(f, safetensors.torch.save({"x": torch.zeros(1 << 18)})), Failure, "another architecture"),
     "a weight that is no number": (lambda f: put(f, safetensors.torch.save({n: t.log() if t.is_floating_point() else t for n, t in safetensors.torch.load_file(f / "model.safetensors").items()})), Failure, "is not finite"),
     "weights of another shape": (lambda f: put(f, safetensors.torch.save({n: t.flatten() for n, t in safetensors.torch.load_file(f / "model.safetensors").items()})), Failure, "and the network has"),
 }  # fmt: skip

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from gandist import checkpoint
 from gandist.check import read_recipe
 from gandist.data.stream import Batch, Stream
-from gandist.game import BLOCK, Clock, Phase, Players, draws, draws_each_step
+from gandist.game import Clock, Phase, Players, draws, draws_each_step
 from gandist.games.gan import SPREAD, Gan
 from gandist.launcher import World
 from gandist.log import Meter
 from gandist.losses import ADVERSARIAL
+from gandist.networks.noise import BLOCK
 from gandist.player import Player
 from gandist.recipe import DataOptions, Recipe, RunOptions
 from gandist.run import make_players, running
-from gandist.train import step
+from gandist.train import reseed, step
 
 CPU = torch.device("cpu")
 NOISE, BATCH = 8, 16
@@ -187,6 +188,36 @@ def test_each_setting_moves_the_players_elsewhere(played: Played, case: str) -> 
         for name, value in ours.items()
         if "//" in name
     )
+
+
+MINIBATCH = {"network": {"kind": "mlp", "width": 8, "minibatch": {"kernels": 4, "dimensions": 2}}}
+
+
+@pytest.mark.parametrize("discriminator", [{}, MINIBATCH], ids=["rows", "rows that see each other"])
+def test_r1_and_r2_together_are_what_each_is_alone(fashion: Path, discriminator: dict[str, Any]) -> None:
+    """Augmented and by class, so that rows, labels and what is seen of them must stay together."""
+    shared = {"augment": {"kind": "diffaugment"}, "conditional": "projection", "discriminator": discriminator}
+
+    def penalties_of(**regularisers: Any) -> dict[str, float]:
+        at = table(fashion, gan(**shared, regularisers=regularisers))
+        at.play(1)
+        at.stream.close()
+        return {name: value for name, value in at.meter.read().items() if name.startswith("penalty/")}
+
+    r1, r2 = {"weight": 1.0}, {"weight": 2.0}
+    alone = penalties_of(r1=r1) | penalties_of(r2=r2)
+    assert penalties_of(r1=r1, r2=r2) == pytest.approx(alone, rel=1e-5)
+    assert alone["penalty/r1"] != pytest.approx(alone["penalty/r2"], rel=1e-2)
+    lazy = penalties_of(r1={"weight": 1.0, "every": 2}, r2=r2)
+    assert lazy == pytest.approx(alone, rel=1e-5)  # both are due at step 0
+
+
+def test_hidden_noise_is_drawn_by_seed_phase_draw_and_rank_as_manual_seed_draws_it() -> None:
+    for seed in (0, 1, 2**63 - 1):
+        reseed(seed, CPU)
+        ours = torch.rand(8)
+        torch.manual_seed(seed)
+        assert torch.equal(ours, torch.rand(8))
 
 
 # ---- stopping

@@ -24,6 +24,7 @@ from gandist.penalties import (
     lecam,
     path_length,
     r1,
+    r1_and_r2,
     r2,
     zero_centred,
 )
@@ -71,6 +72,20 @@ def by_norm(name: str, norms: Tensor) -> Tensor:
     if name in ("gradient_penalty", "dragan"):
         return ((norms - 1) ** 2).mean()
     return (norms**2).mean() * (0.5 if name in ("r1", "r2") else 1.0)
+
+
+def test_r1_and_r2_of_one_forward_are_those_of_two_and_so_are_their_gradients() -> None:
+    real, fake, _ = rows()
+    judge, forwards = network(), []
+    judge.register_forward_hook(lambda *_: forwards.append(1))
+    together = r1_and_r2(judge, real, fake)
+    assert len(forwards) == 1
+    for one, alone in zip(together, (r1(judge, real), r2(judge, fake)), strict=True):
+        torch.testing.assert_close(one, alone, rtol=1e-12, atol=0)
+        weights = [weight for weight in judge.parameters() if weight.ndim == 2]
+        grads = (torch.autograd.grad(value, weights, retain_graph=True) for value in (one, alone))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", PENALTIES)

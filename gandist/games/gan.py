@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -16,34 +15,31 @@ from gandist import augment
 from gandist.augment import AdaOptions, DiffAugmentOptions
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
-from gandist.game import BLOCK, SAMPLES, Clock, Generative, Phase, Players, Side, network
+from gandist.game import SAMPLES, Clock, Generative, Phase, Players, Side
 from gandist.games.regularisers import Regularisers, See, Shown, as_it_is
 from gandist.games.scores import GeneratorScores, ScoreOptions
 from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL
-from gandist.networks import Conditioning, DiscriminatorOptions, GeneratorOptions, Judged
+from gandist.networks import AnyDiscriminator, AnyGenerator, Conditioning, Judged
+from gandist.networks.noise import SPREAD, Distribution, Noise, Width
 from gandist.player import EmaOptions, Memory, Player, PlayerOptions, Remembered
 from gandist.recipe import Choice, DataOptions, Section, harmless
-from gandist.seeding import derive
 
 Repeat = Annotated[int, Field(ge=1, le=100)]
 WINS, VANISHED, COLLAPSED = 0.99, 1000.0, 0.3  # where a row is a symptom
-SPREAD = math.sqrt(3)  # uniform noise within ±√3 has variance 1
 
 
 class GeneratorSide(PlayerOptions):
     """The generator; its average weights make the samples."""
 
-    network: Annotated[SerializeAsAny[GeneratorOptions], WrapValidator(network("generator", GeneratorOptions))]
+    network: AnyGenerator
     ema: EmaOptions | None = EmaOptions()
 
 
 class DiscriminatorSide(PlayerOptions):
     """The discriminator."""
 
-    network: Annotated[
-        SerializeAsAny[DiscriminatorOptions], WrapValidator(network("discriminator", DiscriminatorOptions))
-    ]
+    network: AnyDiscriminator
 
 
 class Gan(Generative):
@@ -58,8 +54,8 @@ class Gan(Generative):
         "minimax", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic", "relativistic_average"
     ] = "non_saturating"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # one-sided: the target of real is 1 less this
-    noise: Annotated[int, Field(ge=1, le=65536)] = 100
-    noise_distribution: Literal["normal", "uniform"] = "normal"  # both of variance 1
+    noise: Width = 100
+    noise_distribution: Distribution = "normal"  # both of variance 1
     fresh_noise: bool = True
     order: Literal["alternating", "simultaneous"] = "alternating"
     discriminator_steps: Repeat = 1
@@ -112,6 +108,11 @@ class Gan(Generative):
             yield (
                 ("augment",),
                 f"ada reads how often real samples are judged real, which a logit of the loss `{self.loss}` does not say; set `augment.p`",
+            )
+        if not self.scores.average and self.generator.ema is None:
+            yield (
+                ("scores", "average"),
+                "has no effect where the generator keeps no average (`ema: null`); leave it out",
             )
         if self.scores.truncation is not None and self.noise_distribution == "uniform":
             yield ("scores", "truncation"), "uniform noise has no tails to cut off; leave it out"
@@ -304,16 +305,8 @@ class Gan(Generative):
     # ---- what it is for
 
     def latents(self, block: int, seed: int, device: torch.device, truncation: float | None = None) -> Tensor:
-        source = torch.Generator(device).manual_seed(derive(seed, "samples", block * BLOCK))
-        if self.noise_distribution == "uniform":
-            return (2 * torch.rand(BLOCK, self.noise, generator=source, device=device) - 1) * SPREAD
-        if truncation is None:
-            return torch.randn(BLOCK, self.noise, generator=source, device=device)
-        # By the inverse of the normal distribution: one draw a number, whatever the truncation.
-        edge = torch.special.ndtr(torch.tensor(truncation, dtype=torch.float64)).item()
-        drawn = torch.rand(BLOCK, self.noise, generator=source, device=device, dtype=torch.float64)
-        noise: Tensor = torch.special.ndtri(1 - edge + drawn * (2 * edge - 1)).float()
-        return noise
+        noise = Noise(width=self.noise, distribution=self.noise_distribution)
+        return noise.block(block, seed, device, truncation)
 
     def make(self, module: Any, latents: Tensor, labels: Tensor | None) -> Tensor:
         made: Tensor = module(latents) if labels is None else module(latents, labels)

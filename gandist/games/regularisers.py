@@ -114,10 +114,22 @@ class Regularisers(Section):
         def due(option: Lazy | None) -> float:
             return option.due(clock) if option is not None else 0.0
 
-        if weight := due(self.r1):
-            yield "r1", penalties.r1(judge(shown.see), real), weight
-        if weight := due(self.r2):
-            yield "r2", penalties.r2(judge(shown.see_fake), fake), weight
+        def judge_both(samples: Tensor) -> Tensor:
+            seen = torch.cat([shown.see(samples[: len(real)]), shown.see_fake(samples[len(real) :])])
+            labels = shown.labels.repeat(2) if shown.labels is not None else None
+            found: Tensor = player.precise(seen, labels).logits
+            return found
+
+        weight_r1, weight_r2 = due(self.r1), due(self.r2)
+        if weight_r1 and weight_r2 and not player.sees_batch:
+            of_real, of_fake = penalties.r1_and_r2(judge_both, real, fake)
+            yield "r1", of_real, weight_r1
+            yield "r2", of_fake, weight_r2
+            weight_r1 = weight_r2 = 0.0
+        if weight_r1:
+            yield "r1", penalties.r1(judge(shown.see), real), weight_r1
+        if weight_r2:
+            yield "r2", penalties.r2(judge(shown.see_fake), fake), weight_r2
         if weight := due(self.gradient_penalty):
             mix = batch.uniform("mix/gradient_penalty")
             seen = shown.see(real), shown.see_fake(fake)

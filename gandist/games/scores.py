@@ -20,7 +20,7 @@ from gandist.data.opening import data_digest, open_batches
 from gandist.data.sources.generated import mixture
 from gandist.data.storage import aside
 from gandist.data.stream import Share
-from gandist.game import BLOCK, Evaluation, Evaluator, Generative, Players
+from gandist.game import Evaluation, Evaluator, Generative, Players
 from gandist.metrics.distribution import DistributionOptions, RealStatistics, in_order, score
 from gandist.metrics.features import (
     AnyFeatures,
@@ -35,6 +35,7 @@ from gandist.metrics.modes import coverage
 from gandist.metrics.parzen import parzen
 from gandist.metrics.protocol import Protocol, installed
 from gandist.metrics.weights import cache_folder
+from gandist.networks.noise import BLOCK
 from gandist.recipe import DataOptions, Failure, InputError, Section
 from gandist.seeding import derive
 
@@ -64,6 +65,7 @@ class ScoreOptions(Section):
     fakes: Samples = 10_000
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     truncation: Annotated[float, Field(gt=0)] | None = None
+    average: bool = True  # false: of the last weights, where the generator keeps an average beside them
     distribution: DistributionOptions = DistributionOptions()
     parzen: ParzenOptions | None = None
 
@@ -258,7 +260,7 @@ class GeneratorScores(Evaluator):
             rank, ranks = _ranks()
             for first, rows in self.game.made(
                 players, self.spec, count, self.options.seed, labels=self._labels(count),
-                truncation=self.options.truncation, first=rank, every=ranks,
+                truncation=self.options.truncation, first=rank, every=ranks, average=self.options.average,
             ):  # fmt: skip
                 if keep:
                     made.append(rows)
@@ -321,7 +323,7 @@ class GeneratorScores(Evaluator):
             reals=self.reals,
             fakes=options.fakes,
             seed=options.seed,
-            ema=players["generator"].ema is not None,
+            ema=players["generator"].ema is not None and options.average,
             truncation=options.truncation,
             labels=rule,
             settings=settings,

@@ -17,10 +17,12 @@ from einops import rearrange
 from pydantic import AfterValidator, Field, SerializeAsAny, WrapValidator, model_validator
 from torch import Tensor, nn
 
+from gandist.exported import Discriminator, load
 from gandist.metrics.efficientnet import SIDE, EfficientNetLite0
 from gandist.metrics.statedict import read_state_dict
 from gandist.metrics.weights import fetched, verified
-from gandist.recipe import NO_NUL, Choice, Finite, InputError, Section, Side, harmless
+from gandist.networks import Shape, amount
+from gandist.recipe import NO_NUL, Choice, Failure, Finite, InputError, Section, Side, harmless
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 # As k-diffusion and others pin it; the size is that of the published response.
@@ -32,7 +34,6 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 BANDS = 256
 FLOOR = 1e-3  # added to magnitudes before their logarithm: −60 dB of a full-scale signal
 
-Shape = tuple[int, ...]  # of one sample: (C, H, W) of an image, (C, L) of a signal
 File = Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)]  # its digest is compared instead
 
 
@@ -168,6 +169,26 @@ class _Spectrum(FeatureNetwork):
         return Features(rearrange(bands, "b c n -> b (c n)"))
 
 
+class _Exported(FeatureNetwork):
+    """What a discriminator of ours reads its logits from; its class logits where it has an auxiliary classifier."""
+
+    def __init__(self, module: Discriminator) -> None:
+        name = f"exported {module.config.game} discriminator"
+        super().__init__(name, module.config.weights.sha256, "images to 8 bits; not resized", module)
+        self.shape, self.asks_label = module.config.shape, module.config.asks_label
+
+    def compute(self, samples: Tensor) -> Features:
+        if samples.shape[1:] != self.shape:
+            raise InputError(
+                f"samples are {tuple(samples.shape)}; this discriminator takes (B, {', '.join(map(str, self.shape))})"
+            )
+        values = in_8_bits(samples) / 127.5 - 1 if samples.ndim == 4 else samples.float()
+        # Under projection a class changes the logit and no feature, so that any one will do.
+        labels = torch.zeros(len(samples), dtype=torch.int64, device=samples.device) if self.asks_label else None
+        judged = self.module(values, labels)
+        return Features(judged.features, judged.classes)
+
+
 class FeatureOptions(Section):
     """A feature network, built on the CPU."""
 
@@ -255,6 +276,46 @@ class TorchScriptOptions(FeatureOptions):
         return _Script(module, self.sha256, self.size, *self.range)
 
 
+def _sized(shape: Shape) -> str:
+    return f"{amount(shape)} in {shape[0]} channel{'s' if shape[0] > 1 else ''}"
+
+
+class ExportedOptions(FeatureOptions):
+    """A discriminator that `gandist export --player discriminator` wrote: safetensors and a config, which run no code."""
+
+    kind: Literal["exported"]
+    path: File
+    axes: ClassVar[tuple[int, ...]] = (2, 3)
+
+    def _loaded(self) -> Discriminator:
+        found = load(self.path)
+        if not isinstance(found, Discriminator):
+            raise InputError(
+                f"{self.path}: holds a generator, and features are those of a discriminator; export that with --player"
+            )
+        if found.config.network.minibatch is not None:
+            raise InputError(
+                f"{self.path}: its minibatch discrimination compares the rows of a batch, so a sample has no features of its own"
+            )
+        if found.config.range not in (None, (-1.0, 1.0)):
+            raise InputError(
+                f"{self.path}: was trained on values in {found.config.range}, and scores are of those in −1 … 1"
+            )
+        return found
+
+    def build(self) -> FeatureNetwork:
+        return _Exported(self._loaded())
+
+    def faults(self, shape: Shape) -> Iterator[str]:
+        try:
+            takes = self._loaded().config.shape
+        except (InputError, Failure) as error:
+            yield str(error)
+            return
+        if takes != shape:
+            yield f"{self.path}: takes samples of {_sized(takes)}, and the dataset's are of {_sized(shape)}"
+
+
 class PixelsOptions(FeatureOptions):
     """The values themselves, for tests and small images; `size` averages areas to so many a side first."""
 
@@ -285,6 +346,7 @@ KINDS: dict[str, Any] = {
     "inception": lambda: InceptionOptions,
     "efficientnet_lite0": lambda: EfficientNetOptions,
     "torchscript": lambda: TorchScriptOptions,
+    "exported": lambda: ExportedOptions,
     "pixels": lambda: PixelsOptions,
     "spectrum": lambda: SpectrumOptions,
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from functools import partial
+from typing import Annotated, ClassVar
 
+from pydantic import SerializeAsAny, WrapValidator
 from torch import Tensor, nn
 
 from gandist.networks.heads import (
@@ -17,9 +19,12 @@ from gandist.networks.heads import (
     MinibatchOptions,
     normalise_spectra,
 )
-from gandist.recipe import Section
+from gandist.recipe import Choice, Section, installed
 
-__all__ = ["Conditioned", "Conditioning", "DiscriminatorOptions", "GeneratorOptions", "Judged", "Shape", "amount"]
+__all__ = [
+    "AnyDiscriminator", "AnyGenerator", "Conditioned", "Conditioning", "DiscriminatorOptions", "GeneratorOptions", "Judged",
+    "Shape", "amount",
+]  # fmt: skip
 
 Shape = tuple[int, ...]  # of one sample: (C, H, W) of an image, (C, L) of a signal
 
@@ -83,6 +88,17 @@ class DiscriminatorOptions(Section):
     def faults(self, shape: Shape) -> Iterator[str]:
         """Why it cannot judge such samples."""
         yield from _misfits(self, shape)
+
+
+def _choice(role: str, base: type[Section]) -> Choice:
+    """Networks of a role by the name that an installed package gave them."""
+    return Choice(f"a {role}", partial(installed, "gandist.networks", f"{role}.", base))
+
+
+AnyGenerator = Annotated[SerializeAsAny[GeneratorOptions], WrapValidator(_choice("generator", GeneratorOptions))]
+AnyDiscriminator = Annotated[
+    SerializeAsAny[DiscriminatorOptions], WrapValidator(_choice("discriminator", DiscriminatorOptions))
+]
 
 
 def amount(shape: Shape) -> str:
