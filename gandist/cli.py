@@ -499,6 +499,7 @@ def sample(
 
     from gandist import checkpoint
     from gandist import sample as making
+    from gandist.neighbours import write_neighbours
     from gandist.pictures import shown
 
     asked = {"--single": single, "--shards": shards, "--interpolate": interpolate is not None, "--neighbours": neighbours is not None}  # fmt: skip
@@ -530,7 +531,7 @@ def sample(
         elif interpolate is not None:
             lines = making.write_interpolation(sampler, folder, interpolate, video)
         elif neighbours is not None:
-            lines = making.write_neighbours(sampler, folder, neighbours, features, data, progress)
+            lines = write_neighbours(sampler, folder, neighbours, features, data, progress)
         else:
             lines = making.write_sheet(sampler, folder)
         told = [*lines]

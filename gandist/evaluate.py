@@ -16,8 +16,8 @@ from gandist.game import GAMES, Evaluation, Game
 from gandist.launcher import World
 from gandist.metrics.protocol import Protocol, refuse_comparison
 from gandist.recipe import InputError, Recipe, load
+from gandist.restored import restored
 from gandist.run import channels, write_evaluation
-from gandist.sample import restored
 
 MAY_CHANGE = ("data.", "game.scores.")  # by overrides: what the weights do not depend on
 

@@ -36,7 +36,7 @@ from gandist.game import Game, Side
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Judged
 from gandist.networks.noise import Noise
 from gandist.recipe import Failure, InputError, TransformOptions, suggestion
-from gandist.sample import restored
+from gandist.restored import restored
 from gandist.seeding import derive
 from gandist.tensors import FileRecord, packed, record
 

@@ -1,80 +1,42 @@
-"""What a trained generator is for: sheets, files, datasets, paths between samples, and their nearest real images."""
+"""What a trained generator is for: sheets, files, datasets, and paths between samples."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from einops import rearrange
-from pydantic import ValidationError
 from torch import Tensor
 
 from gandist import checkpoint
-from gandist.check import missing_parts
-from gandist.data.dataset import Dataset, Spec
+from gandist.data.dataset import Spec
 from gandist.data.decode import LABEL_SUFFIX
-from gandist.data.opening import data_spec, open_reader
-from gandist.data.order import Integers
 from gandist.data.pack import Options, Packing, pack
-from gandist.data.read import Reader
 from gandist.data.sources import Item, Source, Split
 from gandist.data.sources.arrays import image_members, npy_bytes, signal_members
-from gandist.data.stream import Share, Stream
-from gandist.game import GAMES, Game, Generative
-from gandist.metrics.distances import exact, squared
+from gandist.game import Generative
 from gandist.metrics.duplicates import duplicates
-from gandist.metrics.features import FEATURES, FeatureNetwork, FeatureOptions, in_8_bits
+from gandist.metrics.features import in_8_bits
 from gandist.networks.noise import BLOCK
-from gandist.pictures import Picture, grid, plots, save_png, save_video, sheet
+from gandist.pictures import grid, plots, save_png, save_video, sheet
 from gandist.player import Player
-from gandist.recipe import DataOptions, Failure, InputError, suggestion
-from gandist.tensors import NO_FILE
+from gandist.recipe import InputError, suggestion
+from gandist.restored import restored
 
 CHECKED, FEWEST = 256, 16  # samples that are looked through for duplicates, and how many it takes
 MAX_SHEET = 1 << 28  # values of the samples of one sheet: a GiB of float32
 MAX_TRUNCATION = 8.0  # a normal number is larger once in 10¹⁵
 MAX_FRAMES = 1000
 SECONDS = 2.0  # that a video takes from one end to the other
-REAL = 256  # real samples read at once
 
 Progress = Callable[[int, int], None]
-
-
-def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, dict[str, Player]]:
-    """The game and its players with the weights of a checkpoint; needs no dataset."""
-    try:
-        game = GAMES.pick(found.state.recipe.get("game")).model_validate(found.state.recipe.get("game"))
-    except ValueError as error:
-        raise Failure(f"{found.folder}: its recipe is not one of this version: {error}") from None
-    assert isinstance(game, Game)
-    for _, fault in [*missing_parts(game, found.state.spec)] or game.faults(found.state.spec):
-        raise Failure(f"{found.folder}: its recipe contradicts its data: {fault}")
-    players = {}
-    for name, side in game.sides(found.state.spec).items():
-        with torch.device("meta"):  # a checkpoint cannot ask for more memory than its own file has
-            needed = sum(p.numel() * p.element_size() for p in side.build().parameters())
-        if needed > found.files.get(f"{name}.safetensors", NO_FILE).bytes:
-            raise Failure(f"{found.folder}: its recipe describes a larger {name} than the one it holds")
-        player = players[name] = Player(
-            name,
-            side.build(),
-            side.options,
-            device=device,
-            precision=found.state.precision,
-            remembered=side.remembered,
-        )
-        for part, tensors in player.tensors().items():
-            if part in ("", "ema"):
-                found.restore(f"{name}.{part}" if part else name, tensors)
-    return game, players
 
 
 class Asked(NamedTuple):
@@ -209,7 +171,7 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _alike(samples: list[Tensor]) -> Iterator[str]:
+def alike(samples: list[Tensor]) -> Iterator[str]:
     """A line on the share of samples that are nearly the same as another one."""
     looked = torch.cat(samples)[:CHECKED] if samples else torch.empty(0)
     if len(looked) >= FEWEST and not plots(tuple(looked.shape[1:])):  # of points and numbers many are near each other
@@ -222,7 +184,7 @@ def write_sheet(sampler: Sampler, out: Path) -> Iterator[str]:
     samples = sampler.all()
     save_png(sheet(samples, turns=sampler.turns), out / "grid.png")
     yield from sampler.told()
-    yield from _alike([samples])
+    yield from alike([samples])
     yield f"{len(samples)} samples of {sampler.found.folder} (seed {sampler.asked.seed}): {out / 'grid.png'}"
 
 
@@ -241,7 +203,7 @@ def write_single(sampler: Sampler, out: Path, progress: Progress = lambda *_: No
                 (out / f"{number:06d}.npy").write_bytes(npy_bytes(one.numpy().astype("<f4")))
         progress(first + len(samples), sampler.asked.samples)
     yield from sampler.told()
-    yield from _alike(kept)
+    yield from alike(kept)
     yield f"{sampler.asked.samples} samples of {sampler.found.folder} (seed {sampler.asked.seed}): {out}"
 
 
@@ -296,7 +258,7 @@ def write_shards(sampler: Sampler, out: Path, progress: Progress = lambda *_: No
     packing = _Made(f"generator of {sampler.found.folder}", out, Options(shuffle=None), sampler=sampler)
     _, made = pack(packing, 1, progress)
     yield from sampler.told()
-    yield from _alike([samples.cpu() for _, samples in takewhile(lambda block: block[0] < CHECKED, sampler.blocks())])
+    yield from alike([samples.cpu() for _, samples in takewhile(lambda block: block[0] < CHECKED, sampler.blocks())])
     if not made:
         yield f"{out}: packed already from the same checkpoint, seed and classes; nothing to do"
     else:
@@ -349,160 +311,3 @@ def write_interpolation(sampler: Sampler, out: Path, frames: int, video: bool) -
             save_png(frame, out / "frames" / f"{number:06d}.png")
         save_video(shown, out / "interpolation.webp", SECONDS / frames)
         yield f"video: {out / 'interpolation.webp'}, forth and back; its frames: {out / 'frames'}"
-
-
-# ---- nearest real samples
-
-
-@dataclass(frozen=True)
-class InOrder:
-    """All samples, one after the other."""
-
-    length: int
-
-    def __call__(self, places: Integers) -> Integers:
-        return places % np.uint64(self.length)
-
-
-def real_data(sampler: Sampler, path: str | None) -> DataOptions:
-    """The data section of the run's recipe, without what moves images at random; `path` is another dataset, or the same elsewhere.
-
-    Raises InputError where it is not the run's dataset, or its samples have another shape.
-    """
-    recipe = sampler.found.state.recipe.get("data")
-    try:
-        options = DataOptions.model_validate(recipe)
-    except ValueError as error:
-        raise Failure(f"{sampler.found.folder}: its recipe is not one of this version: {error}") from None
-    if path is None and options.reader != "index":
-        raise InputError("--neighbours: the run's shards have no index; index them, and name the dataset with --data")
-    cache = DataOptions.model_fields["cache_gib"].default
-    changes = {"reader": "index", "shuffle": "full", "transform": options.transform.still(), "cache_gib": cache}
-    options = options.model_copy(update=changes if path is None else {**changes, "path": path, "cache": None})
-    dataset = Dataset(options.path)
-    stored = dataset.spec(options.split)
-    if path is None and dataset.digest != sampler.found.state.decisive.get("data"):
-        raise InputError(f"{options.path}: is not the dataset that the run was trained with; name one with --data")
-    try:
-        spec = data_spec(options) if (stored.image is None) == (sampler.spec.image is None) else stored
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{options.path}: {error}") from None
-    if (spec.image, spec.signal) != (sampler.spec.image, sampler.spec.signal):
-        raise InputError(f"{options.path}: its samples are of another kind or size than the run's")
-    return options
-
-
-def real_samples(
-    reader: Reader, options: DataOptions, device: torch.device, numbers: Integers | None = None
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Numbers and samples of a split in its order, or of `numbers` alone; bad ones are left out where `data.quarantine` allows."""
-    part = "image" if reader.dataset.manifest.image is not None else "signal"
-    stream = Stream(reader, options, Share((part,), REAL, 0, device))
-    try:
-        (view,) = stream.views
-        view.items = numbers if numbers is not None else view.items
-        length = len(reader) if view.items is None else len(view.items)
-        view.order = InOrder(length)
-        for draw in range(-(-length // REAL)):
-            for fault in stream.ready([draw]):
-                if fault.number < 0 or not options.quarantine:
-                    raise Failure(fault.message)
-            for batch in stream.read(draw):
-                places = np.arange(draw * REAL, min(length, (draw + 1) * REAL), dtype=np.uint64)
-                wanted, got = view.numbers(places).tolist(), batch.numbers[part]
-                sound = [row for row, number in enumerate(wanted) if got[row] == number]  # and no substitutes
-                yield [wanted[row] for row in sound], batch[part][sound]
-    finally:
-        stream.close()
-
-
-def nearest(
-    samples: Tensor, real: Iterable[tuple[list[int], Tensor]], features: FeatureNetwork, count: int
-) -> tuple[Tensor, Tensor]:
-    """Distances and numbers (N, count) of the nearest real samples, the nearest first and of equal ones the first by number.
-
-    Euclidean, between features. `real` goes by once, in pieces, and no more than one of them is held.
-    """
-    rows = exact(features(samples).pool)
-    best = torch.full((len(rows), count), torch.inf, dtype=torch.float64, device=rows.device)
-    known = torch.full((len(rows), count), -1, device=rows.device)
-    for numbers, piece in real:
-        if numbers:
-            distances = torch.cat([best, squared(rows, exact(features(piece).pool)).sqrt()], 1)
-            among = torch.cat([known, torch.tensor(numbers, device=rows.device).expand(len(rows), -1)], 1)
-            order = distances.sort(dim=1, stable=True).indices[:, :count]
-            best, known = distances.gather(1, order), among.gather(1, order)
-    return best.cpu(), known.cpu()
-
-
-def _features(kind: str | None, shape: tuple[int, ...]) -> FeatureNetwork:
-    """A feature network by its kind alone, or the pixels; raises InputError."""
-    try:
-        section = FEATURES.pick({"kind": kind or "pixels"})
-        options = section.model_validate({"kind": kind or "pixels"})
-    except ValidationError:
-        raise InputError(f"--features {kind}: needs options, which cannot be given here; choose another kind") from None
-    except ValueError as error:
-        raise InputError(f"--features {kind}: {error}") from None
-    assert isinstance(options, FeatureOptions)
-    for fault in options.faults(shape):
-        raise InputError(f"--features {kind}: {fault}")
-    return options.build()
-
-
-def write_neighbours(
-    sampler: Sampler, out: Path, count: int, kind: str | None, path: str | None, progress: Progress = lambda *_: None
-) -> Iterator[str]:
-    """Writes a picture with a row for each sample and the `count` nearest real ones right of it; tells which, and how far."""
-    options = real_data(sampler, path)
-    network = _features(kind, sampler.shape).to(sampler.device)
-    sampler.check_sheet(sampler.asked.samples * (count + 1))
-    made, reader = sampler.all(), open_reader(options)
-    total = data_spec(options).samples or len(reader)
-    if not 1 <= count <= total:
-        raise InputError(f"--neighbours {count}: must be from 1 to the {total:,} samples of the split")
-
-    def counted(pieces: Iterable[tuple[list[int], Tensor]]) -> Iterator[tuple[list[int], Tensor]]:
-        for done, piece in enumerate(pieces, 1):
-            yield piece
-            progress(min(done * REAL, total), total)
-
-    distances, numbers = nearest(
-        made.to(sampler.device), counted(real_samples(reader, options, sampler.device)), network, count
-    )
-    if bool((numbers < 0).any()):
-        raise Failure(f"{options.path}: fewer than {count} samples are sound")
-    reader = open_reader(options)
-    keys = {number: reader.key(number) for number in {*numbers.flatten().tolist()}}
-    chosen = np.array(sorted(keys), np.uint64)
-    images: dict[int, Tensor] = {}
-    for found, piece in real_samples(reader, options, torch.device("cpu"), chosen):
-        images.update(zip(found, piece, strict=True))
-    beside = [
-        torch.stack([one, *(images[number] for number in row)]) for one, row in zip(made, numbers.tolist(), strict=True)
-    ]
-    picture = sheet(torch.cat(beside), count + 1)
-    save_png(
-        picture if plots(sampler.shape) else _gap(picture, picture.shape[1] // (count + 1)), out / "neighbours.png"
-    )
-    yield from sampler.told()
-    what = (
-        "values"
-        if kind is None and len(sampler.shape) == 2
-        else "pixels in 0 … 1"
-        if kind is None
-        else f"features of {network.name}"
-    )
-    yield f"nearest of {total:,} real samples by the Euclidean distance of {what}:"
-    for number, (row, away) in enumerate(zip(numbers.tolist(), distances.tolist(), strict=True)):
-        yield f"sample {number}: " + ", ".join(f"{keys[real]} {d:.4g}" for real, d in zip(row, away, strict=True))
-    yield from _alike([made])
-    yield f"{len(made)} samples of {sampler.found.folder} (seed {sampler.asked.seed}): {out / 'neighbours.png'}"
-
-
-def _gap(picture: Picture, column: int) -> Picture:
-    """The picture with a white line right of its first column."""
-    line = np.full((picture.shape[0], 4, picture.shape[2]), 255, np.uint8)
-    return np.concatenate([picture[:, :column], line, picture[:, column:]], 1)

@@ -20,7 +20,7 @@ from gandist.exported import Discriminator, load
 from gandist.game import Evaluation, Game
 from gandist.metrics.features import ExportedOptions, PixelsOptions
 from gandist.metrics.parzen import parzen
-from gandist.sample import restored
+from gandist.restored import restored
 
 SCORES = ["game.scores.features={kind: pixels, size: 7}", "game.scores.fakes=200", "game.scores.reals=300"]
 

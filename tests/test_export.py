@@ -25,7 +25,7 @@ from torch import Tensor
 from gandist import checkpoint, export, load
 from gandist.game import Generative
 from gandist.recipe import Failure, InputError
-from gandist.sample import restored
+from gandist.restored import restored
 
 MLP = "{kind: mlp, width: 16}"
 RESNET = "{kind: resnet, width: 4, attention: 14, spectral_norm: true}"

@@ -22,7 +22,7 @@ LAYERS = [
     {"games"},
     {"pictures", "plots"},
     {"checkpoint", "log", "launcher"},
-    {"check", "run", "sample", "describe", "inspection", "export"},
+    {"check", "run", "restored", "sample", "neighbours", "describe", "inspection", "export"},
     {"train", "evaluate"},
     {"cli"},
     {"__main__", "__init__"},

@@ -18,9 +18,10 @@ from gandist.data.dataset import Dataset
 from gandist.data.opening import open_reader
 from gandist.launcher import World
 from gandist.metrics.features import PixelsOptions, in_8_bits
+from gandist.neighbours import nearest, real_data, real_samples
 from gandist.pictures import GAP, MARGIN, VIEW, curves, grid, sheet
 from gandist.recipe import InputError
-from gandist.sample import Asked, Sampler, between, nearest, real_data, real_samples, write_sheet
+from gandist.sample import Asked, Sampler, between, write_sheet
 from gandist.train import train
 
 CPU = torch.device("cpu")
