@@ -207,6 +207,22 @@ def test_another_class_makes_and_judges_otherwise(kind: str, shape: tuple[int, .
 # Heads
 
 
+@pytest.mark.parametrize(("kind", "shape"), FEW)
+def test_a_conditional_generator_begins_with_more_of_its_noise_than_of_its_class(
+    kind: str, shape: tuple[int, ...]
+) -> None:
+    """Where the class weighs as much, a class collapses into one sample before the discriminator has a say."""
+    generator = (
+        moved(generator_of(kind).build(64, shape, 5)).double()
+        if kind == "r3gan"
+        else generator_of(kind).build(64, shape, 5).double()
+    )
+    noise, classes = torch.randn(40, 1, 64, dtype=torch.float64).expand(-1, 5, -1), torch.arange(5).expand(40, -1)
+    made = generator(noise.flatten(0, 1), classes.flatten()).view(40, 5, -1)
+    of_noise, of_class = made.var(0).mean(), made.var(1).mean()
+    assert of_noise > 4 * of_class
+
+
 def test_projection_adds_the_product_of_the_class_and_the_features() -> None:
     head = Head(7, 3, "projection", MinibatchOptions(kernels=2, dimensions=2))
     labels = torch.tensor([2, 0, 1, 2])

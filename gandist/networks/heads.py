@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from gandist.recipe import Section
 
 Conditioning = Literal["projection", "classifier"]
+SMALL = 0.1  # deviation of the initial embedding of a class, beside noise of 1
 
 
 class Judged(NamedTuple):
@@ -96,11 +97,16 @@ class Judge(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """A generator of noise alone, which gets a learned embedding of the class as further noise."""
+    """A generator of noise alone, which gets a learned embedding of the class as further noise.
+
+    The embedding begins small beside the noise. With torch's N(0, 1) it is as large, and a DCGAN of garments made one image a
+    class, whatever the noise, in all of its first 50,000 images and, by the recall of 0, long after; now it tells its samples apart.
+    """
 
     def __init__(self, classes: int, width: int, module: nn.Module) -> None:
         super().__init__()
         self.embedding, self.module = nn.Embedding(classes, width), module
+        nn.init.normal_(self.embedding.weight, 0.0, SMALL)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         made: Tensor = self.module(torch.cat([noise, self.embedding(labels).to(noise.dtype)], dim=1))
