@@ -14,7 +14,7 @@ from gandist.data.opening import data_spec, open_reader
 from gandist.data.plain import locations
 from gandist.data.read import BadSample
 from gandist.data.stream import PARTS
-from gandist.game import GAMES, Game
+from gandist.game import GAMES, Game, Generative
 from gandist.launcher import ranks
 from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Source, load
 
@@ -72,6 +72,13 @@ def contradictions(
         faults, parts = [*missing_parts(game, spec)], set(game.parts(spec))
         for location, message in faults or game.faults(spec):
             source.fault(("game", *location), message)
+        if isinstance(game, Generative) and "image" in game.parts(spec) and data is not None:
+            moved = data.transform
+            if moved.mean is not None or moved.range != (-1.0, 1.0):
+                source.fault(
+                    ("data", "transform", "range" if moved.mean is None else "mean"),
+                    f"the game {game.kind} makes and scores images in −1 … 1, so real ones must lie there too; leave it out",
+                )
         if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & parts:
             source.fault(
                 ("data", "unlabelled_transform"), f"the game {game.kind} reads no unlabelled images; leave it out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +19,8 @@ class Adversarial(NamedTuple):
     generator: Callable[[Tensor, Tensor | None], Tensor]
     reads_real: bool = False  # the generator's loss needs the logits of real rows
     smooths: bool = False  # one-sided label smoothing has a meaning; without it `smoothing` must be 0
-    border: float | None = (
-        None  # the logit at which real and fake are equally likely; None where single logits mean nothing
-    )
+    # The logit at which real and fake are equally likely, by the smoothing; None where single logits mean nothing.
+    border: Callable[[float], float] | None = None
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -145,11 +145,16 @@ def win_averages(fake: Tensor, real: Tensor | None = None) -> Tensor:
     return torch.stack([*compare_averages(fake, real).values()]).sum()
 
 
+def _logit_of_chance(smoothing: float) -> float:
+    """Where real and fake are equally likely: the logit of D = (1 − smoothing) / 2."""
+    return math.log((1 - smoothing) / (1 + smoothing))
+
+
 ADVERSARIAL: dict[str, Adversarial] = {
-    "minimax": Adversarial(classify, minimax, smooths=True, border=0.0),
-    "non_saturating": Adversarial(classify, non_saturating, smooths=True, border=0.0),
-    "least_squares": Adversarial(regress, least_squares, smooths=True, border=0.5),
-    "hinge": Adversarial(margins, raise_critic, border=0.0),
+    "minimax": Adversarial(classify, minimax, smooths=True, border=_logit_of_chance),
+    "non_saturating": Adversarial(classify, non_saturating, smooths=True, border=_logit_of_chance),
+    "least_squares": Adversarial(regress, least_squares, smooths=True, border=lambda smoothing: (1 - smoothing) / 2),
+    "hinge": Adversarial(margins, raise_critic, border=lambda _: 0.0),
     "wasserstein": Adversarial(separate, raise_critic),
     "relativistic": Adversarial(compare_pairs, win_pairs, reads_real=True),
     "relativistic_average": Adversarial(compare_averages, win_averages, reads_real=True),

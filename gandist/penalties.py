@@ -64,8 +64,8 @@ def gradient_penalty(judge: Judge, real: Tensor, fake: Tensor, mix: Tensor) -> T
     return _off_unit(_slopes(judge, _between(real, fake, mix)))
 
 
-def dragan(judge: Judge, real: Tensor, noise: Tensor) -> Tensor:
-    """E (‖∇D(x̂)‖ − 1)² at x̂ = x + ½ std(x) · noise: Kodali et al. 2017, as released; the noise is uniform in 0 … 1.
+def dragan(judge: Judge, real: Tensor, noise: Tensor, mix: Tensor) -> Tensor:
+    """E (‖∇D(x̂)‖ − 1)² at x̂ = x + mix · ½ std(x) · noise: Kodali et al. 2017, as released; noise and mix (B,) are uniform in 0 … 1.
 
     The deviation is one number, of all values of the batch of all ranks.
     """
@@ -73,7 +73,7 @@ def dragan(judge: Judge, real: Tensor, noise: Tensor) -> Tensor:
     real = at_least_fp32(real.detach())
     mean = mean_over_ranks(real.mean())
     deviation = mean_over_ranks((real - mean).square().mean()).sqrt()
-    return _off_unit(_slopes(judge, real + deviation / 2 * noise))
+    return _off_unit(_slopes(judge, _between(real + deviation / 2 * noise, real, mix)))
 
 
 def zero_centred(judge: Judge, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:

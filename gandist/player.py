@@ -8,14 +8,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from gandist import penalties
 from gandist.recipe import Choice, Section
@@ -89,11 +89,15 @@ class SgdOptions(OptimizerOptions):
     def _ramp_is_whole(self) -> SgdOptions:
         if (self.final_momentum is None) != (self.momentum_images is None):
             raise ValueError("`final_momentum` and `momentum_images` come together")
+        if self.final_momentum == self.momentum:
+            raise ValueError(
+                "`final_momentum` has no effect where it is `momentum`; leave both it and `momentum_images` out"
+            )
         return self
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=self.momentum, fused=True)
-        if self.momentum or self.final_momentum:
+        if self.momentum or self.final_momentum is not None:
             for parameter in parameters:
                 optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
         return optimizer
@@ -129,6 +133,10 @@ class ScheduleOptions(Section):
         if self.kind == "constant" and (self.until_images is not None or self.final):
             raise ValueError(
                 "`until_images` and `final` have no effect on a `constant` schedule; use `linear` or `cosine`"
+            )
+        if self.kind != "constant" and self.final == 1:
+            raise ValueError(
+                f"a `{self.kind}` schedule down to a `final` of 1 has no effect; use a smaller one, or `constant`"
             )
         if (self.kind == "exponential") != (self.half_life_images is not None):
             raise ValueError("`half_life_images` and an `exponential` schedule come together")
@@ -197,6 +205,18 @@ class Remembered(NamedTuple):
     update: Callable[[Memory, Memory, float], Memory] = lambda memory, observed, images: memory
 
 
+def _spectral_norms(module: nn.Module) -> list[tuple[Tensor, nn.Module]]:
+    """The spectral norms of a module, each with the weight that it divides."""
+    return [
+        (cast(Tensor, parametrised.original), norm)
+        for part in module.modules()
+        if parametrize.is_parametrized(part)
+        for parametrised in cast(nn.ModuleDict, part.parametrizations).values()
+        for norm in cast(nn.ModuleList, parametrised)
+        if isinstance(norm, parametrizations._SpectralNorm)
+    ]
+
+
 class Player:
     """One network that learns. Called, it computes: with gradients of its weights in its own turn, frozen in others'.
 
@@ -230,6 +250,8 @@ class Player:
         self.parameters = list(self.module.parameters())
         self._statistics = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._spectral = [m for m in self.module.modules() if isinstance(m, parametrizations._SpectralNorm)]
+        # The mean of two unit vectors is none, so the average weights find their singular vectors themselves.
+        self._averaged_norms = _spectral_norms(self.ema) if self.ema is not None else []
         self._buffers = [b for b in self.module.buffers() if b.is_floating_point()]
         self._kept: list[Tensor] = []  # the statistics as they were before the turn
         # Whether its output for one row depends on the other rows.
@@ -398,13 +420,19 @@ class Player:
             return
         weight = 1 - self.options.ema.decay(images, batch)
         averages, values = list(self.ema.parameters()), list(self.module.parameters())
+        directions = {id(direction) for _, norm in self._averaged_norms for direction in norm.buffers()}
         for average, value in zip(self.ema.buffers(), self.module.buffers(), strict=True):
+            if id(average) in directions:
+                continue
             if value.is_floating_point():
                 averages.append(average)
                 values.append(value)
             else:
                 average.copy_(value)
         torch._foreach_lerp_(averages, values, weight)
+        for original, norm in self._averaged_norms:
+            norm.train()(original)  # a power iteration, in place
+            norm.eval()
 
     @contextmanager
     def evaluating(self, average: bool = True) -> Iterator[nn.Module]:

@@ -35,6 +35,7 @@ from gandist.plots import spectra
 from gandist.recipe import Failure, InputError, Recipe
 from gandist.seeding import derive
 
+MAX_RATIO = 1e9  # of gradients that is logged; more, where one has vanished
 MAX_SKIPPED = 100  # turns in a row without a finite gradient: the game is lost
 MAX_FAILED_SAVES = 3
 
@@ -382,8 +383,8 @@ class Run:
         }
         self._mark = (now, self.clock.step, self.stream.waited)
         norms = [row[f"grad_norm/{name}"] for name in self.players if f"grad_norm/{name}" in row]
-        if len(norms) == 2 and norms[0] > 0:
-            row["grad_norm/ratio"] = norms[1] / norms[0]
+        if len(norms) == 2:
+            row["grad_norm/ratio"] = min(MAX_RATIO, norms[1] / norms[0] if norms[0] > 0 else MAX_RATIO * (norms[1] > 0))
         if self._log:
             self._log.row(row | self._seen)
             self._tell(self._health, row)

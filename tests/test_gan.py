@@ -469,6 +469,34 @@ WITHOUT_EFFECT = {
     "regularisers.r1.weight": (["regularisers={r1: {weight: 0}}"], "must be greater than 0"),
     "regularisers.r3": (["regularisers={r3: {weight: 1}}"], "unknown key; known: consistency"),
     "augment": (["augment={kind: mixup}"], "'mixup' is not an augmentation"),
+    "regularisers.r1": (
+        ["regularisers={r1: {weight: 1}}", "discriminator.network={kind: mlp, minibatch: {}}"],
+        "rows see each other (`minibatch`)",
+    ),
+    "regularisers.gradient_penalty": (
+        ["regularisers={gradient_penalty: {weight: 1}}", "discriminator.network={kind: dcgan}"],
+        "(`norm: batch`); use `norm: none`",
+    ),
+    "regularisers.path_length": (
+        ["regularisers={path_length: {}}", "generator.network={kind: resnet, width: 4}"],
+        "the generator's see each other (`kind: resnet`)",
+    ),
+    "scores.distribution.inception_splits": (
+        ["scores={features: {kind: pixels}, distribution: {inception_splits: 4}}"],
+        "come from no classifier",
+    ),
+    "generator.clip_weights": (
+        ["generator.clip_weights=0.1", "generator.network={kind: resnet, width: 4, spectral_norm: true}"],
+        "no effect under `spectral_norm`",
+    ),
+    "discriminator.optimizer": (
+        ["discriminator.optimizer={kind: sgd, final_momentum: 0.5, momentum_images: 9}"],
+        "no effect where it is `momentum`",
+    ),
+    "generator.schedule": (
+        ["generator.schedule={kind: linear, until_images: 9, final: 1.0}"],
+        "a `final` of 1 has no effect",
+    ),
     "generator.optimizer": (["generator.optimizer={kind: sgd, final_momentum: 0.7}"], "come together"),
     "discriminator.schedule": (["discriminator.schedule={kind: exponential}"], "come together"),
 }
@@ -482,6 +510,27 @@ def test_settings_without_an_effect_are_refused_by_name(gandist: Callable, recip
     assert f"`game.{key}`: " in result.err
     assert message in result.err
     assert "1 fault\n" in result.err
+
+
+@pytest.mark.parametrize("key", ["range=[0, 1]", "mean=[0.5]"])
+def test_real_images_must_lie_where_made_ones_do(gandist: Callable, recipe: Callable, key: str) -> None:
+    more = ["data.transform.std=[0.5]"] if key.startswith("mean") else []
+    result = gandist("describe", recipe(), f"data.transform.{key}", *more)
+    assert result.code == 2
+    assert f"`data.transform.{key.split('=')[0]}`: the game gan makes and scores images in −1 … 1" in result.err
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in ADVERSARIAL.items() if loss.smooths])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_where_both_are_equally_likely_the_loss_is_at_rest_on_the_border_of_accuracy(
+    loss: str, smoothing: float
+) -> None:
+    border = ADVERSARIAL[loss].border
+    assert border is not None
+    logit = torch.tensor([border(smoothing)], dtype=torch.float64, requires_grad=True)
+    torch.stack([*ADVERSARIAL[loss].discriminator(logit, logit, smoothing).values()]).sum().backward()
+    assert logit.grad is not None
+    assert abs(logit.grad.item()) < 1e-12
 
 
 @pytest.mark.parametrize(

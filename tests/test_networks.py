@@ -514,6 +514,11 @@ def test_maxout_is_the_largest_of_its_pieces() -> None:
         )
 
 
+def test_weights_of_a_given_width_go_with_minibatch_discrimination() -> None:
+    judge = mlp.Discriminator(kind="mlp", width=8, weights=0.05, minibatch=MinibatchOptions(kernels=4)).build((1, 8, 8))
+    assert all(weight.abs().max() <= 0.05 for name, weight in judge.named_parameters() if weight.ndim == 2)
+
+
 def test_a_marginal_bias_makes_the_mean_image_where_the_weights_say_nothing() -> None:
     options = mlp.Generator(kind="mlp", width=8, output="sigmoid", marginal_bias=True)
     module, samples = options.build(10, (1, 4, 4)), torch.rand(50, 1, 4, 4) * 2 - 1

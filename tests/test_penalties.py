@@ -31,12 +31,12 @@ from gandist.penalties import (
 
 Penalty = Callable[[Judge, Tensor, Tensor, Tensor], Tensor]
 
-# Each on (judge, real, fake, u): u (B,) in 0 … 1 mixes, and stands for the noise of dragan.
+# Each on (judge, real, fake, u): u (B,) in 0 … 1 mixes, and the noise of dragan is made of it.
 PENALTIES: dict[str, Penalty] = {
     "r1": lambda judge, real, fake, u: r1(judge, real),
     "r2": lambda judge, real, fake, u: r2(judge, fake),
     "gradient_penalty": gradient_penalty,
-    "dragan": lambda judge, real, fake, u: dragan(judge, real, spread(u, real)),
+    "dragan": lambda judge, real, fake, u: dragan(judge, real, spread(u, real), u),
     "zero_centred": zero_centred,
 }
 
@@ -63,7 +63,7 @@ def judged_at(name: str, real: Tensor, fake: Tensor, u: Tensor) -> Tensor:
     """The points at which a penalty takes the slope, by its paper."""
     mix = u.view(-1, *[1] * (real.ndim - 1))
     if name == "dragan":
-        return real + 0.5 * real.std(correction=0) * spread(u, real)
+        return real + mix * 0.5 * real.std(correction=0) * spread(u, real)
     return {"r1": real, "r2": fake}.get(name, mix * real + (1 - mix) * fake)
 
 

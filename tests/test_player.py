@@ -349,6 +349,23 @@ def test_r1_of_half_precision_is_that_of_fp32(precision: str) -> None:
     assert abs(rounded / values["full"] - 1) > 1e-4
 
 
+def test_average_weights_are_divided_by_their_own_largest_singular_value() -> None:
+    torch.manual_seed(0)
+    module = mlp.Discriminator(kind="mlp", width=16, spectral_norm=True).build(SHAPE)
+    player = Player(
+        "discriminator", module, PlayerOptions(ema=EmaOptions(half_life_images=2000, ramp_up=None)), device=CPU
+    )
+    for step in range(300):
+        with player.turn(8 * step, 8) as turn:
+            # a direction of its own for each hundred steps, so that the singular vectors turn
+            turn.backward(player(torch.randn(8, *SHAPE) + step // 100).logits.mul((-1) ** (step // 100)).mean())
+    with player.evaluating() as average:
+        normed = [layer for layer in average.modules() if hasattr(layer, "parametrizations")]
+        assert len(normed) == 3
+        for layer in normed:
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+
+
 def test_the_power_iteration_of_spectral_norm_rests_outside_a_players_turn() -> None:
     torch.manual_seed(1)
     module = mlp.Discriminator(kind="mlp", width=8, spectral_norm=True).build(SHAPE)

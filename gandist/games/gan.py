@@ -121,14 +121,30 @@ class Gan(Generative):
                 ("discriminator", "clip_weights"),
                 "has no effect under `spectral_norm`, which divides by the size of the weights; leave one out",
             )
+        if self.generator.clip_weights is not None and getattr(self.generator.network, "spectral_norm", False):
+            yield (
+                ("generator", "clip_weights"),
+                "has no effect under `spectral_norm`, which divides by the size of the weights; leave one out",
+            )
         if self.order == "simultaneous" and (self.discriminator_steps > 1 or self.generator_steps > 1):
             yield ("order",), "simultaneous takes one step of each player; leave the numbers of steps out"
         if not self.fresh_noise and (self.discriminator_steps > 1 or self.generator_steps > 1):
             yield ("fresh_noise",), "false needs one step of each player, which share their noise"
+        if (seen := self.discriminator.network.sees_batch) is not None:
+            for name in self.regularisers.slopes:
+                yield (
+                    ("regularisers", name),
+                    f"takes the slope of each row by itself, and the discriminator's rows see each other (`{seen}`); use "
+                    f"{'`norm: none`' if seen.startswith('norm') else 'one without'}, or leave the penalty out",
+                )
+        if self.regularisers.path_length is not None and (seen := self.generator.network.sees_batch) is not None:
+            yield (
+                ("regularisers", "path_length"),
+                f"takes the slope of each sample by itself, and the generator's see each other (`{seen}`); use "
+                "a network without batch norm, or leave the penalty out",
+            )
         bounded = (
-            self.regularisers.bounds_slopes
-            or self.discriminator.clip_weights
-            or self.discriminator.network.spectral_norm
+            self.regularisers.slopes or self.discriminator.clip_weights or self.discriminator.network.spectral_norm
         )
         if self.loss == "wasserstein" and not bounded:
             yield (
@@ -212,7 +228,8 @@ class Gan(Generative):
             values[f"penalty/{name}"] = penalty.detach()
             terms[name] = weight * penalty
         border = ADVERSARIAL[self.loss].border
-        over = logits_real.detach() - (border or 0.0), logits_fake.detach() - (border or 0.0)
+        middle = border(self.label_smoothing) if border is not None else 0.0
+        over = logits_real.detach() - middle, logits_fake.detach() - middle
         sign = over[0].sign().mean()
         if "ada_p" in discriminator.memory:
             discriminator.observe(sign=sign)
@@ -284,7 +301,7 @@ class Gan(Generative):
             yield Symptom(
                 "discriminator_wins",
                 f"the discriminator is right about {right:.1%} of real and fake samples",
-                "add `regularisers: {r1: {weight: 1}}` or raise its weight, lower the discriminator's learning rate, or with few "
+                "add `regularisers: {r1: {weight: 1}}` (beside a discriminator without batch norm) or raise its weight, lower the discriminator's learning rate, or with few "
                 "data add `augment: {kind: ada}`",
             )
         ratio = row.get("grad_norm/ratio", 1.0)

@@ -93,9 +93,10 @@ class Regularisers(Section):
     feature_matching: FeatureMatching | None = None
 
     @property
-    def bounds_slopes(self) -> bool:
-        """Whether one of them bounds the slope of the discriminator, as a Wasserstein critic needs."""
-        return any((self.r1, self.r2, self.gradient_penalty, self.dragan, self.zero_centred))
+    def slopes(self) -> tuple[str, ...]:
+        """Those that take the slope of the discriminator at each row, and bound it as a Wasserstein critic needs."""
+        names = ("r1", "r2", "gradient_penalty", "zero_centred", "dragan")
+        return tuple(name for name in names if getattr(self, name) is not None)
 
     def of_discriminator(self, player: Player, shown: Shown, clock: Clock) -> Iterator[tuple[str, Tensor, float]]:
         """Name, value and weight of each penalty that is due.
@@ -140,7 +141,8 @@ class Regularisers(Section):
             yield "zero_centred", penalties.zero_centred(judge(as_it_is), *seen, mix), weight
         if weight := due(self.dragan):
             noise = batch.uniform("noise/dragan", *real.shape[1:])
-            yield "dragan", penalties.dragan(judge(as_it_is), shown.see(real), noise), weight
+            mix = batch.uniform("mix/dragan")
+            yield "dragan", penalties.dragan(judge(as_it_is), shown.see(real), noise, mix), weight
         if self.lecam is not None:
             mass = player.memory["lecam_mass"].clamp_min(1e-6)
             anchors = player.memory["lecam_real"] / mass, player.memory["lecam_fake"] / mass

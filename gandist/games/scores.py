@@ -82,11 +82,17 @@ class ScoreOptions(Section):
         for fault in self.chosen(shape).faults(shape):
             yield ("features",), fault
         neighbours = max(self.distribution.precision_neighbours, self.distribution.coverage_neighbours)
-        fewest = max(neighbours + 1, self.distribution.inception_splits)
+        classifies, splits = self.chosen(shape).classifies, self.distribution.inception_splits
+        fewest = max(neighbours + 1, splits if classifies else 0)
         if min(self.fakes, self.reals or self.fakes) < fewest:
             yield (
                 ("fakes",),
-                f"with {neighbours} neighbours and {self.distribution.inception_splits} splits, {fewest} reals and fakes are needed",
+                f"with {neighbours} neighbours{f' and {splits} splits' if classifies else ''}, {fewest} reals and fakes are needed",
+            )
+        if not classifies and splits != DistributionOptions().inception_splits:
+            yield (
+                ("distribution", "inception_splits"),
+                "has no effect on features that come from no classifier; leave it out",
             )
         if self.parzen is not None and len(shape) != 3:
             yield ("parzen",), "is of images, and the dataset has signals; leave it out"
@@ -303,7 +309,8 @@ class GeneratorScores(Evaluator):
 
     def _protocol(self, players: Players, names: tuple[str, ...]) -> Protocol:
         options = self.options
-        settings: dict[str, Any] = dict(options.distribution.model_dump())
+        unused = set() if self.options.chosen(self.shape).classifies else {"inception_splits"}
+        settings: dict[str, Any] = dict(options.distribution.model_dump(exclude=unused))
         if options.parzen is not None:
             settings |= {f"parzen_{name}": value for name, value in options.parzen.model_dump().items()}
         rule = None

@@ -194,6 +194,7 @@ class FeatureOptions(Section):
 
     kind: str
     axes: ClassVar[tuple[int, ...]] = (3,)  # of a sample: 3 an image, 2 a signal
+    classifies: ClassVar[bool] = False  # whether it may give logits as well
 
     @abstractmethod
     def build(self) -> FeatureNetwork:
@@ -225,6 +226,7 @@ class InceptionOptions(FeatureOptions):
     """
 
     kind: Literal["inception"]
+    classifies: ClassVar[bool] = True
     path: File | None = None
 
     def build(self) -> FeatureNetwork:
@@ -239,6 +241,7 @@ class EfficientNetOptions(FeatureOptions):
     """EfficientNet-lite0 from a package of PyPI, for machines that reach nothing else: its scores are FD and KD, never FID or KID."""
 
     kind: Literal["efficientnet_lite0"]
+    classifies: ClassVar[bool] = True
 
     def build(self) -> FeatureNetwork:
         found = importlib.util.find_spec(LITE0_PACKAGE)  # does not run the package
@@ -284,6 +287,7 @@ class ExportedOptions(FeatureOptions):
     """A discriminator that `gandist export --player discriminator` wrote: safetensors and a config, which run no code."""
 
     kind: Literal["exported"]
+    classifies: ClassVar[bool] = True
     path: File
     axes: ClassVar[tuple[int, ...]] = (2, 3)
 
@@ -297,10 +301,8 @@ class ExportedOptions(FeatureOptions):
             raise InputError(
                 f"{self.path}: its minibatch discrimination compares the rows of a batch, so a sample has no features of its own"
             )
-        if found.config.range not in (None, (-1.0, 1.0)):
-            raise InputError(
-                f"{self.path}: was trained on values in {found.config.range}, and scores are of those in −1 … 1"
-            )
+        if found.config.image is not None and found.config.range != (-1.0, 1.0):
+            raise InputError(f"{self.path}: was not trained on images in −1 … 1, which scores are of")
         return found
 
     def build(self) -> FeatureNetwork:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gandist.metrics.distances import chunks, exact, squared
 from gandist.recipe import InputError
 
-VALIDATION = 1000  # images that choose σ: the first ones
+VALIDATION = 1000  # images that choose σ: the first ones given
 SIGMAS = tuple(10 ** (step / 9 - 1) for step in range(10))  # logspace(−1, 0, 10)
 
 

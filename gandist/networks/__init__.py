@@ -47,6 +47,11 @@ class GeneratorOptions(Section):
         """Noise (B, noise) to samples (B, *shape)."""
 
     @property
+    def sees_batch(self) -> str | None:
+        """What makes its output for one row depend on the others, as a key with its value; None where nothing does."""
+        return None
+
+    @property
     def start_samples(self) -> int:
         """How many samples of the data its initial weights depend on."""
         return 0
@@ -77,6 +82,11 @@ class DiscriminatorOptions(Section):
         if self.spectral_norm:
             normalise_spectra(judge)
         return judge
+
+    @property
+    def sees_batch(self) -> str | None:
+        """What makes its output for one row depend on the others, as a key with its value; None where nothing does."""
+        return "minibatch" if self.minibatch is not None else None
 
     @abstractmethod
     def trunk(self, shape: Shape) -> tuple[nn.Module, int]:

@@ -37,6 +37,10 @@ class Generator(GeneratorOptions):
     norm: Norm = "batch"
     smallest: ClassVar[int] = 8
 
+    @property
+    def sees_batch(self) -> str | None:
+        return "norm: batch" if self.norm == "batch" else None
+
     def module(self, noise: int, shape: Shape) -> nn.Module:
         image_channels, image_height, image_width = shape
         stages = halvings(shape)
@@ -67,6 +71,10 @@ class Discriminator(DiscriminatorOptions):
     width: Width = 64  # channels after the first convolution; doubled at each further one
     norm: Norm = "batch"
     smallest: ClassVar[int] = 8
+
+    @property
+    def sees_batch(self) -> str | None:
+        return "norm: batch" if self.norm == "batch" else super().sees_batch
 
     def trunk(self, shape: Shape) -> tuple[nn.Module, int]:
         bias = self.norm == "none"

@@ -61,7 +61,8 @@ def _spread(module: nn.Module, half_width: float | None) -> None:
         if isinstance(layer, nn.Linear):
             assert half_width is not None
             nn.init.uniform_(layer.weight, -half_width, half_width)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class Generator(GeneratorOptions):

@@ -171,6 +171,10 @@ class Generator(GeneratorOptions):
     spectral_norm: bool = False
     smallest: ClassVar[int] = 16
 
+    @property
+    def sees_batch(self) -> str | None:
+        return "kind: resnet"  # batch norm, always
+
     def build(self, noise: int, shape: Shape, classes: int | None = None) -> nn.Module:
         generator = _Generator(self, noise, shape, classes)
         _initialise(generator, self.init)
