@@ -131,6 +131,16 @@ def folders(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("images_")), reverse=True)
 
 
+def outside(path: Path) -> Path:
+    """The path, unless it lies in a checkpoint, which holds what its manifest names and nothing else; raises InputError."""
+    for folder in (path.resolve(), *path.resolve().parents):
+        if (folder / MANIFEST).exists():
+            raise InputError(
+                f"{path}: lies in the checkpoint {folder}, which a file more would damage; name another folder"
+            )
+    return path
+
+
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones did not."""
     faults: list[str] = []
@@ -144,6 +154,7 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def find(path: Path) -> Checkpoint:
     """The checkpoint at `path`, or the newest valid one of the run at `path`; raises InputError or Failure."""
+    path = path.resolve() if path.name in ("", "..") else path  # whose parents are not those of its words
     if (path / MANIFEST).exists() or _FOLDER.fullmatch(path.name):
         return Checkpoint(path)
     if not path.is_dir():

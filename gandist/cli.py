@@ -440,9 +440,18 @@ def evaluate(
         world.leave()
     if evaluation is None:
         return
-    earlier = compared(evaluation, before) if before is not None else {}
+    try:
+        earlier, warnings = compared(evaluation, before) if before is not None else ({}, [])
+    except InputError:
+        _table([(name, f"{value:.6g}") for name, value in evaluation.scores.items()] + [("written to", str(path))])
+        raise
+    for warning in warnings:
+        print(f"gandist: {printable(warning)}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"images": found.state.images, **evaluation.scores, "protocol": evaluation.protocol}))
+        beside = {"before": earlier} if before is not None else {}
+        print(
+            json.dumps({"images": found.state.images, **evaluation.scores, **beside, "protocol": evaluation.protocol})
+        )
         return
     _table(
         [
@@ -517,7 +526,14 @@ def sample(
     wanted = making.Asked(count or (8 if strips else shown(found.state.spec)), seed, classes, truncation)
     sampler = making.Sampler(found, device, wanted)
     kind = "_single" * single + "_shards" * shards
+    if sampler.classes and classes is not None:
+        kind += "_class_" + "_".join(map(str, sampler.classes))
+    kind += f"_truncation_{truncation:g}" if truncation is not None else ""
     folder = out or found.folder.parent.parent / "samples" / f"{found.folder.name}_seed_{seed}{kind}"
+    checkpoint.outside(folder)
+    if out is not None:
+        taken = "interpolation" if interpolate is not None else "neighbours" if neighbours is not None else "grid"
+        making.refuse_taken(folder, f"{taken}.png")
     with _bar("sampling") as bar:
         task = bar.add_task("", total=None)
 

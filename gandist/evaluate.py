@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import yaml
+from pydantic import ConfigDict, Field, ValidationError
 
 from gandist import checkpoint
 from gandist.check import contradictions
 from gandist.data.opening import data_spec
 from gandist.game import GAMES, Evaluation, Game
 from gandist.launcher import World
+from gandist.metrics.features import TorchScriptOptions
 from gandist.metrics.protocol import Protocol, refuse_comparison
-from gandist.recipe import InputError, Recipe, load
+from gandist.recipe import InputError, Recipe, Section, load, wording
 from gandist.restored import restored
 from gandist.run import channels, write_evaluation
 
+_MAX_EVALUATION = 4 << 20
 MAY_CHANGE = ("data.", "game.scores.")  # by overrides: what the weights do not depend on
+
+
+class _Written(Section):
+    """An evaluation as `write_evaluation` wrote it, as far as a comparison needs it."""
+
+    model_config = ConfigDict(extra="ignore")
+    scores: Annotated[dict[str, float], Field(min_length=1)]
+    protocol: Protocol
 
 
 def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
@@ -27,17 +38,25 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
     for override in overrides:
         if not override.startswith(MAY_CHANGE):
             raise InputError(f"{override}: only `data.…` and `game.scores.…` can be changed for trained weights")
-    stored = found.state.recipe.get("game", {}).get("scores", {}).get("features") or {}
-    named = any(override.startswith("game.scores.features") for override in overrides)
-    if stored.get("kind") == "torchscript" and not named:
-        raise InputError(
-            f"{found.folder}: asks for a TorchScript program, {stored.get('path')}; name it yourself if you trust it: "
-            "'game.scores.features={kind: torchscript, path: …, sha256: …}', or other features"
-        )
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "recipe.yaml"
         path.write_text(yaml.safe_dump(found.state.recipe, sort_keys=False))
-        return load(path, overrides, GAMES, lambda source, data, game, _: contradictions(source, data, game, None))
+        try:
+            recipe = load(
+                path, overrides, GAMES, lambda source, data, game, _: contradictions(source, data, game, None)
+            )
+        except InputError as error:  # the lines are those of a file that nobody has
+            raise InputError(
+                re.sub(r"\bline \d+: ", "", str(error).replace(str(path), f"the recipe of {found.folder}"))
+            ) from None
+    features = getattr(getattr(recipe.game, "scores", None), "features", None)
+    named = {override.partition("=")[0].removeprefix("game.scores.features") for override in overrides}
+    if isinstance(features, TorchScriptOptions) and not ("" in named or {".path", ".sha256"} <= named):
+        raise InputError(
+            f"{found.folder}: asks for a TorchScript program, {features.path}; name it yourself if you trust it: "
+            "'game.scores.features={kind: torchscript, path: …, sha256: …}', or other features"
+        )
+    return recipe
 
 
 def evaluate(
@@ -45,6 +64,9 @@ def evaluate(
 ) -> tuple[Evaluation | None, Path | None]:
     """Scores a checkpoint on all processes; rank 0 gets the scores and the file that they were written to."""
     recipe = read_for(found, overrides)
+    folder = checkpoint.outside(out or found.folder.parent.parent)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; name a folder")
     _, players = restored(found, world.device)
     assert isinstance(recipe.game, Game)
     spec = data_spec(recipe.data)
@@ -55,22 +77,33 @@ def evaluate(
     evaluation = recipe.game.evaluator(recipe.data, spec, world.device)(players)
     if evaluation is None:
         return None, None
-    folder = out or found.folder.parent.parent
     return evaluation, write_evaluation(folder, found.state.images, evaluation, channels(spec))
 
 
 def earlier(path: Path) -> Evaluation:
     """An evaluation that was written before; raises InputError."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
-        card = Protocol.model_validate(values["protocol"])
-        scores = {str(name): float(value) for name, value in values["scores"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not path.is_file():  # a device or a pipe may have no end
+            raise ValueError("it is no plain file")
+        with path.open("rb") as file:
+            raw = file.read(_MAX_EVALUATION + 1)
+        if len(raw) > _MAX_EVALUATION:
+            raise ValueError(f"it has more than {_MAX_EVALUATION} bytes")
+        found = _Written.model_validate_json(raw)
+        if found.scores.keys() != {*found.protocol.scores}:
+            raise ValueError("its scores are not those that its protocol names")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{path}: is no evaluation: `{'.'.join(map(str, first['loc']))}`: {wording(first)}; name a file of RUN/evaluations"
+        ) from None
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: is no evaluation: {error}; name a file of RUN/evaluations") from None
-    return Evaluation(scores, card.model_dump(mode="json"))
+    return Evaluation(dict(found.scores), found.protocol.model_dump(mode="json"))
 
 
-def compared(evaluation: Evaluation, before: Evaluation) -> dict[str, float]:
-    """The earlier scores that both have; raises InputError unless both are of one protocol."""
-    refuse_comparison(Protocol.model_validate(evaluation.protocol), Protocol.model_validate(before.protocol))
-    return {name: before.scores[name] for name in evaluation.scores if name in before.scores}
+def compared(evaluation: Evaluation, before: Evaluation) -> tuple[dict[str, float], list[str]]:
+    """The earlier scores that both have, and warnings of other versions; raises InputError unless both are of one protocol."""
+    cards = (Protocol.model_validate(one.protocol) for one in (evaluation, before))
+    warnings = refuse_comparison(*cards)
+    return {name: before.scores[name] for name in evaluation.scores if name in before.scores}, warnings

@@ -63,7 +63,7 @@ def export(found: checkpoint.Checkpoint, out: Path, player: str = "generator", o
     """
     if onnx:
         _need_onnx()
-    out = out.resolve()
+    out = checkpoint.outside(out.resolve())
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: is there already; name a new folder, or an empty one")
     game, players = restored(found, torch.device("cpu"))

@@ -123,7 +123,17 @@ def _labels(config: GeneratorConfig | DiscriminatorConfig, labels: Tensor | None
     if config.asks_label != (labels is not None):
         asked = f"takes labels (B,) in 0 … {(config.classes or 0) - 1}" if config.asks_label else "takes no labels"
         raise InputError(f"this {config.player} {asked}; call it with {'both' if config.asks_label else 'one tensor'}")
-    return () if labels is None else (labels,)
+    if labels is None:
+        return ()
+    if torch.compiler.is_compiling():  # a graph has no branches for values
+        return (labels,)
+    if (
+        labels.dtype != torch.int64
+        or labels.ndim != 1
+        or bool(((labels < 0) | (labels >= (config.classes or 0))).any())
+    ):
+        raise InputError(f"labels must be whole numbers (B,) in 0 … {(config.classes or 0) - 1}, int64")
+    return (labels,)
 
 
 class Generator(nn.Module):
@@ -189,13 +199,17 @@ def load(folder: str | Path) -> Exported:
 
 def _open(path: Path, most: int) -> bytes:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # through links: the hub's cache consists of them
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # through links: the hub's cache consists of them
             raise InputError(f"{path}: not a plain file")
         with path.open("rb") as file:
-            return file.read(most + 1)
-    except OSError as error:
+            return file.read(min(most, status.st_size) + 1)  # a config may say any number
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, InputError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{path}: cannot be read: {error.strerror}; make the folder with `gandist export RUN {path.parent}`"
+            f"{path}: cannot be read: {reason}; make the folder with `gandist export RUN {path.parent}`"
         ) from None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, WrapValidator, model_validator
@@ -390,7 +390,8 @@ def section_at(model: type[Section], location: tuple[str | int, ...], values: An
     for part in location:
         values = values.get(part) if isinstance(values, dict) else None
         info = model.model_fields[str(part)]
-        choice = next((m.func for m in info.metadata if isinstance(m, WrapValidator)), None)
+        within = [*info.metadata, *(m for one in get_args(info.annotation) for m in getattr(one, "__metadata__", ()))]
+        choice = next((m.func for m in within if isinstance(m, WrapValidator)), None)
         if isinstance(choice, Choice):
             model = choice.pick(values)
         else:

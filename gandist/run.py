@@ -427,10 +427,13 @@ class Run:
                 self.bar.say(
                     f"{self.clock.images:,} images: {in_words(found.scores)} ({time.monotonic() - began:.0f} s)"
                 )
-        except (Failure, InputError, OSError) as error:  # costs the scores, never the run
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:  # costs the scores, never the run
+            said = (
+                str(error) if isinstance(error, Failure | InputError | OSError) else f"{type(error).__name__}: {error}"
+            )
             if self._log:
-                self._log.event("evaluation_failed", images=self.clock.images, error=str(error))
-            self.bar.say(f"{self.clock.images:,} images could not be scored: {error}")
+                self._log.event("evaluation_failed", images=self.clock.images, error=said)
+            self.bar.say(f"{self.clock.images:,} images could not be scored: {said}")
         self._mark = (self._mark[0] + time.monotonic() - began, *self._mark[1:])  # no part of the pace of training
 
     def _save(self, last: bool) -> None:

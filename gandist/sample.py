@@ -108,7 +108,8 @@ class Sampler:
 
     def check_sheet(self, count: int) -> None:
         """Raises InputError for more samples than a picture holds."""
-        most = max(1, MAX_SHEET // math.prod(self.shape))
+        width = self.game.latents(0, 0, torch.device("cpu")).shape[1]
+        most = max(1, MAX_SHEET // max(width, math.prod(self.shape)))
         if count > most:
             raise InputError(
                 f"{count:,} samples in one picture are too many: of these it holds {most:,}; ask for fewer"
@@ -162,6 +163,14 @@ def _classes(wanted: str | None, classes: int | None, spec: Spec) -> tuple[int, 
     if len(set(found)) < len(found):
         raise InputError(f"--class {wanted}: a class stands twice")
     return tuple(found)
+
+
+def refuse_taken(folder: Path, picture: str) -> None:
+    """Refuses to write over a picture in a folder that the user named, which may be somebody else's; raises InputError."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; name a folder")
+    if (folder / picture).exists():
+        raise InputError(f"--out {folder}: holds {picture} already; name another folder, or delete it")
 
 
 def _fresh(folder: Path) -> None:

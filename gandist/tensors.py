@@ -16,6 +16,10 @@ from gandist.data.dataset import Count, Hex
 from gandist.recipe import Failure, Section
 
 _MAX_HEADER = 16 << 20
+_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+}  # fmt: skip
 
 
 class FileRecord(Section):
@@ -45,9 +49,11 @@ def unpacked(data: bytes, path: Path) -> dict[str, Tensor]:
     _check_header(data, path)
     try:
         tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise Failure(f"{path}: not a safetensors file: {error}") from None
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
+        raise Failure(f"{path}: not a safetensors file that torch reads: {error}") from None
     for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise Failure(f"{path}: `{name}` is of {tensor.dtype}, which no file of ours holds")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise Failure(f"{path}: `{name}` is not finite")
     return tensors

@@ -485,6 +485,10 @@ WITHOUT_EFFECT = {
         ["scores={features: {kind: pixels}, distribution: {inception_splits: 4}}"],
         "come from no classifier",
     ),
+    "generator.network.class_embedding": (
+        ["generator.network={kind: resnet, width: 4, class_embedding: 8}"],
+        "has no effect without `conditional`",
+    ),
     "generator.clip_weights": (
         ["generator.clip_weights=0.1", "generator.network={kind: resnet, width: 4, spectral_norm: true}"],
         "no effect under `spectral_norm`",

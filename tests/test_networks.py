@@ -309,6 +309,31 @@ def test_class_norm_gives_each_row_the_gain_and_bias_of_its_class() -> None:
         torch.testing.assert_close(norm(features, labels)[row], expected)
 
 
+def test_the_class_norm_of_biggan_is_a_linear_function_of_the_condition() -> None:
+    norm = resnet.SharedNorm(5, 7)
+    features, condition = torch.randn(4, 5, 6, 6), torch.randn(4, 7)
+    normed = (features - features.mean((0, 2, 3), keepdim=True)) / (
+        features.var((0, 2, 3), correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    gain, bias = 1 + condition @ norm.gain.weight.mT, condition @ norm.bias.weight.mT
+    expected = gain[:, :, None, None] * normed + bias[:, :, None, None]
+    torch.testing.assert_close(norm(features, condition), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [3, 10, 11])
+def test_with_a_shared_embedding_every_number_of_the_noise_and_the_class_count(noise: int) -> None:
+    options = resnet.Generator(kind="resnet", width=4, class_embedding=6)
+    module = options.build(noise, (1, 28, 28), 5).double()
+    latents = torch.randn(8, noise, dtype=torch.float64, requires_grad=True)
+    made = module(latents, torch.arange(8) % 5)
+    assert made.shape == (8, 1, 28, 28)
+    made.square().sum().backward()
+    assert latents.grad is not None
+    assert bool((latents.grad != 0).any(0).all())
+    assert all(weight.grad is not None and bool((weight.grad != 0).any()) for weight in module.parameters())
+    assert not torch.equal(made, module(latents, (torch.arange(8) + 1) % 5))
+
+
 def test_attention_starts_as_the_identity_and_becomes_its_formula() -> None:
     layer, features = resnet.SelfAttention(16), torch.randn(2, 16, 3, 2)
     torch.testing.assert_close(layer(features), features, rtol=0, atol=0)
@@ -388,7 +413,10 @@ def test_initial_weights_are_those_of_the_option(init: Any) -> None:
 
 
 def test_a_residual_block_is_the_papers_whatever_the_order_that_saves_arithmetic() -> None:
-    up, down = moved(resnet._Up(3, 5, None, False)), resnet._Down(3, 5, first=False, halving=True, attention=False)
+    up, down = (
+        moved(resnet._Up(3, 5, lambda channels: resnet.ClassNorm(channels, None), False)),
+        resnet._Down(3, 5, first=False, halving=True, attention=False),
+    )
     features = torch.randn(4, 3, 8, 6)
     doubled = F.interpolate(F.relu(up.norm1(features, None)), scale_factor=2)
     branch = up.conv2(F.relu(up.norm2(up.conv1(doubled), None)))

