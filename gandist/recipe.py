@@ -371,6 +371,7 @@ _WORDING = {
     "less_than": "must be less than {lt}, not {input!r}",
     "literal_error": "must be {expected}, not {input!r}",
     "string_too_short": "must not be empty",
+    "too_short": "needs at least {min_length} of them",
     "string_pattern_mismatch": "must not hold a NUL byte",
 }
 

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -87,6 +88,7 @@ class Run:
 
             world.lead(prepare_scores)  # rank 0 first: what it downloads, the others find
             self.evaluator = made[0] if made else self.game.evaluator(recipe.data, self.spec, world.device)
+        self._refuse_oversized()
         resuming = world.lead(lambda: self._open_folder(init_from))
         self.players = make_players(recipe, self.spec, world.device, world.precision)
         if resuming:
@@ -128,6 +130,24 @@ class Run:
         self._mark = (time.monotonic(), self.clock.step, 0.0)
 
     # ---- starting
+
+    def _refuse_oversized(self) -> None:
+        """Raises InputError before anything is written where the players are more than all memory of the device."""
+        device = self.world.device
+        there = (
+            torch.cuda.get_device_properties(device).total_memory
+            if device.type == "cuda"
+            else psutil.virtual_memory().total
+        )
+        for name, side in self.game.sides(self.spec).items():
+            with torch.device("meta"):
+                weights = sum(weight.numel() * weight.element_size() for weight in side.build().parameters())
+            needed = weights * (4 + (side.options.ema is not None))  # gradients, two moments, the average
+            if needed > there:
+                raise InputError(
+                    f"`game.{name}.network`: its weights, gradients and moments are {needed / 2**30:,.0f} GiB, and the device has "
+                    f"{there / 2**30:,.0f}; use a smaller one"
+                )
 
     def _open_folder(self, init_from: Path | None) -> int:
         """Takes the folder for this run; 1 where there is a checkpoint to go on from."""

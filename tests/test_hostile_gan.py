@@ -170,6 +170,15 @@ def test_pixels_whose_covariance_would_not_fit_are_refused(gandist: Callable, re
     assert "chooses σ as well" in gandist("describe", path, same).err
 
 
+def test_players_larger_than_all_memory_are_refused_before_anything_is_written(
+    gandist: Callable, recipe: Callable, tmp_path: Path
+) -> None:
+    result = gandist("train", recipe(), "game.generator.network={kind: mlp, width: 65536, depth: 64}")
+    assert result.code == 2
+    assert "`game.generator.network`: its weights, gradients and moments are" in result.err
+    assert not (tmp_path / "run").exists()
+
+
 EVALUATIONS: dict[str, bytes] = {
     "deep": b"[" * 100_000,
     "an endless number": b'{"scores": {"fd": 1' + b"0" * 400 + b'}, "protocol": {}}',

@@ -18,7 +18,7 @@ from gandist.networks import Judged
 from gandist.player import Memory, Player
 from gandist.recipe import Section
 
-Weight = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(gt=0, le=1e9)]
 See = Callable[[Tensor], Tensor]
 SHIFT = augment.ConsistencyOptions()
 Decay = Annotated[float, Field(gt=0, lt=1)]
