@@ -13,13 +13,13 @@ from pydantic import ConfigDict, Field, ValidationError
 from gandist import checkpoint
 from gandist.check import contradictions
 from gandist.data.opening import data_spec
+from gandist.evaluations import channels, write_evaluation
 from gandist.game import GAMES, Evaluation, Game
 from gandist.launcher import World
 from gandist.metrics.features import TorchScriptOptions
 from gandist.metrics.protocol import Protocol, refuse_comparison
 from gandist.recipe import InputError, Recipe, Section, load, wording
 from gandist.restored import restored
-from gandist.run import channels, write_evaluation
 
 _MAX_EVALUATION = 4 << 20
 MAY_CHANGE = ("data.", "game.scores.")  # by overrides: what the weights do not depend on

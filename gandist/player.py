@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
+from pydantic import Field, SerializeAsAny, WrapValidator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
 from gandist import penalties
+from gandist.optimizers import OPTIMIZERS, AdamOptions, Images, OptimizerOptions, ScheduleOptions
 from gandist.recipe import Choice, Section
 
 Item = TypeVar("Item")
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Images = Annotated[int, Field(ge=1)]
 
 # Otherwise every forward sends rank 0's statistics and overwrites the other ranks' own. torch 2.13 renamed the switch.
 _KEEP_BUFFERS: dict[str, Any] = (
@@ -32,133 +29,6 @@ _KEEP_BUFFERS: dict[str, Any] = (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class OptimizerOptions(Section):
-    """A rule that turns gradients into steps; fused, so that it leaves weights alone where `found_inf` is 1."""
-
-    kind: str
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-
-    @abstractmethod
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer with the whole of its state, which a checkpoint can then fill."""
-
-    def adjust(
-        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, images: int
-    ) -> None:
-        """Sets what changes with time, before the step that follows `images` images."""
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-
-
-class AdamOptions(OptimizerOptions):
-    """Adam (Kingma and Ba 2015); β1 0.5 is DCGAN's."""
-
-    kind: Literal["adam"] = "adam"
-    beta1: Rate = 0.5
-    beta2: Rate = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        betas = self.beta1, self.beta2
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=betas, eps=self.eps, fused=True)
-        for parameter in parameters:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        return optimizer
-
-
-class SgdOptions(OptimizerOptions):
-    """Gradient descent with momentum in its velocity form, v ← μ v − η g and θ ← θ + v, as in Goodfellow et al. 2014.
-
-    torch multiplies the whole velocity by the rate of the moment instead, which differs once the rate changes; here the gradient
-    is multiplied beforehand. μ goes from `momentum` to `final_momentum` at `momentum_images`, linearly.
-    """
-
-    kind: Literal["sgd"]
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Rate = 0.5
-    final_momentum: Rate | None = None
-    momentum_images: Images | None = None
-
-    @model_validator(mode="after")
-    def _ramp_is_whole(self) -> SgdOptions:
-        if (self.final_momentum is None) != (self.momentum_images is None):
-            raise ValueError("`final_momentum` and `momentum_images` come together")
-        if self.final_momentum == self.momentum:
-            raise ValueError(
-                "`final_momentum` has no effect where it is `momentum`; leave both it and `momentum_images` out"
-            )
-        return self
-
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=self.momentum, fused=True)
-        if self.momentum or self.final_momentum is not None:
-            for parameter in parameters:
-                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        return optimizer
-
-    def adjust(
-        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, images: int
-    ) -> None:
-        torch._foreach_mul_(gradients, learning_rate)
-        if self.final_momentum is not None and self.momentum_images is not None:
-            passed = min(1.0, images / self.momentum_images)
-            ramped = self.momentum + (self.final_momentum - self.momentum) * passed
-            for group in optimizer.param_groups:
-                group["momentum"] = max(ramped, 1e-30)  # at 0 torch would not note the velocity for the steps to come
-
-
-OPTIMIZERS: dict[str, Callable[[], type[Section]]] = {"adam": lambda: AdamOptions, "sgd": lambda: SgdOptions}
-
-
-class ScheduleOptions(Section):
-    """The learning rate as a function of images: up over `warmup_images`, then down to `final` at `until_images`.
-
-    `exponential` halves it every `half_life_images` and stops at `final`.
-    """
-
-    kind: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    warmup_images: Annotated[int, Field(ge=0)] = 0
-    until_images: Images | None = None
-    half_life_images: Images | None = None
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the learning rate
-
-    @model_validator(mode="after")
-    def _has_an_end(self) -> ScheduleOptions:
-        if self.kind == "constant" and (self.until_images is not None or self.final):
-            raise ValueError(
-                "`until_images` and `final` have no effect on a `constant` schedule; use `linear` or `cosine`"
-            )
-        if self.kind != "constant" and self.final == 1:
-            raise ValueError(
-                f"a `{self.kind}` schedule down to a `final` of 1 has no effect; use a smaller one, or `constant`"
-            )
-        if (self.kind == "exponential") != (self.half_life_images is not None):
-            raise ValueError("`half_life_images` and an `exponential` schedule come together")
-        if self.kind == "exponential" and self.until_images is not None:
-            raise ValueError("`until_images` has no effect on an `exponential` schedule; leave it out")
-        if self.kind in ("linear", "cosine") and self.until_images is None:
-            raise ValueError(f"a `{self.kind}` schedule needs `until_images`, where it reaches `final`")
-        if self.until_images is not None and self.until_images <= self.warmup_images:
-            raise ValueError(f"`until_images` {self.until_images} must lie beyond `warmup_images` {self.warmup_images}")
-        return self
-
-    def factor(self, images: int) -> float:
-        """What the learning rate is multiplied by after `images` images."""
-        warm = min(1.0, (images + 1) / self.warmup_images) if self.warmup_images else 1.0
-        if self.half_life_images is not None:
-            return warm * max(self.final, float(0.5 ** (images / self.half_life_images)))
-        if self.until_images is None:
-            return warm
-        span = self.until_images - self.warmup_images
-        passed = min(1.0, max(0.0, (images - self.warmup_images) / span))
-        shape = 1 - passed if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * passed))
-        return warm * (self.final + (1 - self.final) * shape)
 
 
 class EmaOptions(Section):

@@ -23,16 +23,15 @@ from gandist import checkpoint
 from gandist.data.dataset import Spec
 from gandist.data.opening import data_digest, data_spec, open_batches
 from gandist.data.stream import Fault, Share, Stream
-from gandist.game import Clock, Evaluation, Evaluator, Game, Generative, draws, draws_each_step
+from gandist.evaluations import channels, in_words, write_evaluation
+from gandist.game import Clock, Evaluator, Game, Generative, draws, draws_each_step
 from gandist.health import Health
 from gandist.launcher import World
 from gandist.log import Bar, Log, Meter
 from gandist.metrics.duplicates import duplicates
-from gandist.metrics.protocol import Protocol
 from gandist.penalties import distance_to_history
 from gandist.pictures import sheet, shown
 from gandist.player import Player
-from gandist.plots import spectra
 from gandist.recipe import Failure, InputError, Recipe
 from gandist.seeding import derive
 
@@ -501,30 +500,6 @@ class Run:
         self.stream.close()
         if self._log:
             self._log.close()
-
-
-def write_evaluation(folder: Path, images: int, found: Evaluation, channels: int = 1) -> Path:
-    """Writes `evaluations/images_…_PROTOCOL.json`: the scores, and the card that says what they mean; spectra as a plot.
-
-    `channels` are those of a signal.
-    """
-    card = Protocol.model_validate(found.protocol)
-    path = folder / "evaluations" / f"images_{images:09d}_{card.digest()[:8]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"images": images, **found._asdict()}, indent=1) + "\n")
-    if "spectrum/real" in found.curves:
-        spectra(found.curves["spectrum/real"], found.curves["spectrum/fake"], channels, path.with_suffix(".png"))
-    return path
-
-
-def channels(spec: Spec) -> int:
-    """Of a signal; 1 for anything else."""
-    return spec.signal.channels if spec.signal is not None else 1
-
-
-def in_words(scores: dict[str, float]) -> str:
-    """Scores for a line of text."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gandist.losses import ADVERSARIAL, feature_matching, mean_over_ranks
-from gandist.player import AdamOptions, Player, PlayerOptions, ScheduleOptions
+from gandist.optimizers import AdamOptions, ScheduleOptions
+from gandist.player import Player, PlayerOptions
 
 # Two distributions over four atoms on a line, as batches whose rows stand in those proportions; every real row meets
 # every fake one, which is what a loss over pairs takes the expectation of.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gandist import penalties
 from gandist.networks import dcgan, mlp
-from gandist.player import EmaOptions, Player, PlayerOptions, Remembered, ScheduleOptions, SgdOptions
+from gandist.optimizers import ScheduleOptions, SgdOptions
+from gandist.player import EmaOptions, Player, PlayerOptions, Remembered
 
 CPU = torch.device("cpu")
 SHAPE = (1, 16, 16)  # the smallest whose dcgan has a BatchNorm
