@@ -120,7 +120,6 @@ class Player:
         self.parameters = list(self.module.parameters())
         self._statistics = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._spectral = [m for m in self.module.modules() if isinstance(m, parametrizations._SpectralNorm)]
-        # The mean of two unit vectors is none, so the average weights find their singular vectors themselves.
         self._averaged_norms = _spectral_norms(self.ema) if self.ema is not None else []
         self._buffers = [b for b in self.module.buffers() if b.is_floating_point()]
         self._kept: list[Tensor] = []  # the statistics as they were before the turn
@@ -290,10 +289,7 @@ class Player:
             return
         weight = 1 - self.options.ema.decay(images, batch)
         averages, values = list(self.ema.parameters()), list(self.module.parameters())
-        directions = {id(direction) for _, norm in self._averaged_norms for direction in norm.buffers()}
         for average, value in zip(self.ema.buffers(), self.module.buffers(), strict=True):
-            if id(average) in directions:
-                continue
             if value.is_floating_point():
                 averages.append(average)
                 values.append(value)
@@ -301,7 +297,7 @@ class Player:
                 average.copy_(value)
         torch._foreach_lerp_(averages, values, weight)
         for original, norm in self._averaged_norms:
-            norm.train()(original)  # a power iteration, in place
+            norm.train()(original)  # a power iteration, which makes the mean of unit vectors one again
             norm.eval()
 
     @contextmanager

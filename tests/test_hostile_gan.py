@@ -88,6 +88,8 @@ def test_scores_that_name_files_which_are_gone_keep_nobody_from_the_weights(
     assert f"the recipe of {checkpoint.find(trained).folder}" in refused.err
     assert "recipe.yaml" not in refused.err
     assert gandist("evaluate", trained, *FEW).code == 0
+    rewrite(trained, lambda game: game["scores"].update(features={"kind": "of another version"}))
+    assert gandist("sample", trained, "--count", 4).code == 0
 
 
 @pytest.mark.parametrize("game", ["x", [], None, {"kind": "gan", "loss": 3}])
