@@ -29,9 +29,14 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, fashion: Path) -> Callabl
     def like(name: str) -> Path:
         values = {
             "grid-25": source.normal(size=(300, 2, 1)).astype(np.float32),
-            "strings": source.uniform(-1, 1, (300, 1, 1024)).astype(np.float32),
             "photos": source.integers(0, 256, (300, 64, 64, 3), np.uint8),
         }.get(name)
+        if name == "strings":
+            lines = [",".join(["label", *map(str, range(1024))])]
+            lines += [",".join(map(str, [number % 6, *source.uniform(-1, 1, 1024).round(3)])) for number in range(300)]
+            (folder / "strings.csv").write_text("\n".join(lines))
+            packed(folder / "strings.csv", folder / name)
+            return folder / name
         if values is None:
             return fashion
         if not (folder / name).exists():
