@@ -31,7 +31,6 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, such as configs/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="such as run.images=1000000")]
 AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="let `data.path` run commands: pipe:COMMAND")]
-SHOWN_OF_PROTOCOL = ("features", "split", "reals", "fakes", "seed", "ema", "truncation", "labels")
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or one of its checkpoints/images_…")]
 
 
@@ -217,6 +216,12 @@ def _print_hint(dataset: Any) -> None:
     """The command that trains on a dataset of images as it is."""
     image = dataset.manifest.image
     if image is None:
+        if dataset.manifest.signal is not None:
+            print(
+                printable(
+                    f"\ntrain on it:  see configs/strings.yaml and configs/grid25.yaml; data.path={dataset.location}"
+                )
+            )
         return
     crop = " data.transform.crop=64" if image.height is None else ""
     samples = sum(shard.samples for shard in next(iter(dataset.manifest.splits.values())))
@@ -407,6 +412,15 @@ def train(
     raise typer.Exit(code)
 
 
+def _protocol_in_words(protocol: dict[str, Any]) -> str:
+    """What of a protocol a reader of the scores should see; the whole card stands in the file."""
+    words = [f"{name} {protocol[name]}" for name in ("features", "split", "reals", "fakes", "seed")]
+    words.append("average weights" if protocol["ema"] else "last weights")
+    words += [f"truncation {protocol['truncation']:g}"] if protocol["truncation"] is not None else []
+    words += [f"classes {protocol['labels']}"] if protocol["labels"] is not None else []
+    return ", ".join(words)
+
+
 @app.command()
 def evaluate(
     run: RunPath,
@@ -458,7 +472,7 @@ def evaluate(
             (name, f"{value:.6g}" + (f"  (before: {earlier[name]:.6g})" if name in earlier else ""))
             for name, value in evaluation.scores.items()
         ]
-        + [("protocol", ", ".join(f"{name} {evaluation.protocol[name]}" for name in SHOWN_OF_PROTOCOL))]
+        + [("protocol", _protocol_in_words(evaluation.protocol))]
         + [("written to", str(path))]
     )
 

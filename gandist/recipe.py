@@ -437,7 +437,9 @@ def load(path: Path, overrides: list[str], games: Choice, check: Check) -> Recip
             raise InputError(f"{path}: is too long for a recipe; the limit is {MAX_BYTES} bytes")
         text = raw.decode("utf-8")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; name a recipe (see configs/)") from None
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; name a recipe (see configs/; that of a run is RUN/recipe.yaml)"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}; a recipe is a YAML file") from None
     values = parse(text, source)

@@ -57,7 +57,9 @@ def fetched(url: str, sha256: str, size: int) -> bytes:
             while len(data) <= size and (piece := body.read(CHUNK)):
                 data += piece
     except (OSError, http.client.HTTPException) as error:
-        raise Failure(f"{url}: cannot be fetched: {error}; fetch it elsewhere and set `path` to the copy") from None
+        raise Failure(
+            f"{url}: cannot be fetched: {error}; fetch it elsewhere and name the copy, 'game.scores.features={{kind: inception, path: FILE}}', or take other features"
+        ) from None
     if len(data) != size or (found := hashlib.sha256(data).hexdigest()) != sha256:
         what = f"SHA-256 {found}, not {sha256}" if len(data) == size else f"{len(data)} bytes or more, not {size}"
         raise Failure(f"{url}: came with {what}; it is not used. Fetch it elsewhere and set `path` to the copy")
