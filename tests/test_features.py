@@ -304,7 +304,7 @@ def test_a_file_is_fetched_once_and_anew_only_where_its_copy_is_damaged(
     original.unlink()
     assert fetched(*call) == data
     copy.write_bytes(data[:-1])
-    with pytest.raises(Failure, match=r"cannot be fetched.*set `path`"):
+    with pytest.raises(Failure, match=r"cannot be fetched.*name the copy"):
         fetched(*call)
     original.write_bytes(data)
     assert fetched(*call) == data
