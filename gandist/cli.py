@@ -414,10 +414,11 @@ def train(
 
 def _protocol_in_words(protocol: dict[str, Any]) -> str:
     """What of a protocol a reader of the scores should see; the whole card stands in the file."""
-    words = [f"{name} {protocol[name]}" for name in ("features", "split", "reals", "fakes", "seed")]
+    names = ("features", "split", "samples", "reals", "fakes", "seed")
+    words = [f"{name} {protocol[name]}" for name in names if name in protocol]
     words.append("average weights" if protocol["ema"] else "last weights")
-    words += [f"truncation {protocol['truncation']:g}"] if protocol["truncation"] is not None else []
-    words += [f"classes {protocol['labels']}"] if protocol["labels"] is not None else []
+    words += [f"truncation {protocol['truncation']:g}"] if protocol.get("truncation") is not None else []
+    words += [f"classes {protocol['labels']}"] if protocol.get("labels") is not None else []
     return ", ".join(words)
 
 

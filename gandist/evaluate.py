@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, WrapValidator
 
 from gandist import checkpoint
 from gandist.check import contradictions
@@ -17,7 +17,7 @@ from gandist.evaluations import channels, write_evaluation
 from gandist.game import GAMES, Evaluation, Game
 from gandist.launcher import World
 from gandist.metrics.features import TorchScriptOptions
-from gandist.metrics.protocol import Protocol, refuse_comparison
+from gandist.metrics.protocol import Card, card, refuse_comparison
 from gandist.recipe import InputError, Recipe, Section, load, wording
 from gandist.restored import restored
 
@@ -30,7 +30,7 @@ class _Written(Section):
 
     model_config = ConfigDict(extra="ignore")
     scores: Annotated[dict[str, float], Field(min_length=1)]
-    protocol: Protocol
+    protocol: Annotated[SerializeAsAny[Card], WrapValidator(card)]
 
 
 def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
@@ -104,6 +104,6 @@ def earlier(path: Path) -> Evaluation:
 
 def compared(evaluation: Evaluation, before: Evaluation) -> tuple[dict[str, float], list[str]]:
     """The earlier scores that both have, and warnings of other versions; raises InputError unless both are of one protocol."""
-    cards = (Protocol.model_validate(one.protocol) for one in (evaluation, before))
+    cards = (card(one.protocol) for one in (evaluation, before))
     warnings = refuse_comparison(*cards)
     return {name: before.scores[name] for name in evaluation.scores if name in before.scores}, warnings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gandist.data.dataset import Spec
 from gandist.game import Evaluation
-from gandist.metrics.protocol import Protocol
+from gandist.metrics.protocol import card
 from gandist.plots import spectra
 
 
@@ -16,8 +16,8 @@ def write_evaluation(folder: Path, images: int, found: Evaluation, channels: int
 
     `channels` are those of a signal.
     """
-    card = Protocol.model_validate(found.protocol)
-    path = folder / "evaluations" / f"images_{images:09d}_{card.digest()[:8]}.json"
+    digest = card(found.protocol).digest()
+    path = folder / "evaluations" / f"images_{images:09d}_{digest[:8]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"images": images, **found._asdict()}, indent=1) + "\n")
     if "spectrum/real" in found.curves:

@@ -170,3 +170,46 @@ def feature_matching(real: Tensor, fake: Tensor, norm: Literal["l1", "l2"]) -> T
     assert real.ndim == fake.ndim == 2, (real.shape, fake.shape)
     difference = mean_over_ranks(at_least_fp32(real).mean(0) - at_least_fp32(fake).mean(0))  # (F,)
     return difference.abs().mean() if norm == "l1" else difference.square().mean()
+
+
+def evidence(logits: Tensor, classes: int) -> Tensor:
+    """The logit of being real, (B,), of K + 1 logits (B, K + 1), or of K with that of a fake fixed at 0, (B, K); K is `classes`.
+
+    D(x) = Z / (Z + exp l_{K+1}) with Z = Σ_k exp l_k, so that its logit is logsumexp_k l_k − l_{K+1}: Salimans et al. 2016,
+    section 5, where l_{K+1} = 0 loses nothing, since a softmax does not change when all logits move together.
+    """
+    logits = at_least_fp32(logits)
+    assert logits.ndim == 2, logits.shape
+    assert logits.shape[1] - classes in (0, 1), (logits.shape, classes)
+    real = torch.logsumexp(logits[:, :classes], dim=1)
+    return real if logits.shape[1] == classes else real - logits[:, classes]
+
+
+def conditional_entropy(logits: Tensor) -> Tensor:
+    """E −Σ_k p(k|x) log p(k|x) over the K classes of logits (B, K): Dai et al. 2017, section 3.3."""
+    log = F.log_softmax(at_least_fp32(logits), dim=1)
+    return -(log.exp() * log).sum(1).mean()
+
+
+def pull_away(features: Tensor) -> Tensor:
+    """The mean squared cosine of the pairs of rows of (B, F), on each process: Zhao et al. 2017, equation 4; Dai et al. 2017, section 3.1."""
+    assert len(features) > 1, "a pair needs two rows"
+    unit = F.normalize(at_least_fp32(features), dim=1)
+    cosines = (unit @ unit.T).square()
+    count = len(features)
+    return (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
+
+
+def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:
+    """Cross-entropy with the likeliest of the K classes of (B, K), over rows where that has a probability above `threshold`:
+    Lee 2013, equation 15. The mean is over all B rows."""
+    logits = at_least_fp32(logits)
+    sure, label = logits.detach().softmax(1).max(1)
+    return ((sure > threshold) * F.cross_entropy(logits, label, reduction="none")).mean()
+
+
+def divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """E KL(p ‖ q) of the class distributions of two sets of logits (B, K), with p as it is: Miyato et al. 2018 (VAT), equation 5."""
+    log_p = F.log_softmax(at_least_fp32(logits).detach(), dim=1)
+    log_q = F.log_softmax(at_least_fp32(other), dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean()

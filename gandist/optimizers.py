@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -35,17 +35,52 @@ class OptimizerOptions(Section):
             group["lr"] = learning_rate
 
 
+class _DampedAdam(torch.optim.Adam):
+    """Adam that divides by √(v̂ + ε) instead of √v̂ + ε.
+
+    v̂ + ε is the second moment of gradients whose squares are each larger by ε: v ← β2 v + (1 − β2)(g² + ε), divided by 1 − β2ᵗ.
+    So ε (1 − β2) / β2 is added to v before torch's own fused step, and nothing where that one will not step.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], *, damping: float, **options: Any) -> None:
+        super().__init__(parameters, eps=1e-30, **options)
+        self.damping = damping
+
+    def step(self, closure: Any = None) -> Any:
+        found: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            moments = [self.state[p]["exp_avg_sq"] for p in group["params"] if p.grad is not None]
+            extra = self.damping * (1 - group["betas"][1]) / group["betas"][1]
+            torch._foreach_add_(moments, extra if found is None else extra * (1 - found))
+        return super().step(closure)
+
+
 class AdamOptions(OptimizerOptions):
-    """Adam (Kingma and Ba 2015); β1 0.5 is DCGAN's."""
+    """Adam (Kingma and Ba 2015); β1 0.5 is DCGAN's.
+
+    `eps_inside_root` divides by √(v̂ + eps) instead of √v̂ + eps, as the code released with Salimans et al. 2016 does: gradients far below
+    √eps then hardly move a weight.
+    """
 
     kind: Literal["adam"] = "adam"
     beta1: Rate = 0.5
     beta2: Rate = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps_inside_root: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_second_moment(self) -> AdamOptions:
+        if self.eps_inside_root and self.beta2 == 0:
+            raise ValueError("`eps_inside_root` needs a `beta2` above 0; raise it, or leave `eps_inside_root` out")
+        return self
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        betas = self.beta1, self.beta2
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=betas, eps=self.eps, fused=True)
+        shared: dict[str, Any] = {"lr": self.learning_rate, "betas": (self.beta1, self.beta2), "fused": True}
+        optimizer = (
+            _DampedAdam(parameters, damping=self.eps, **shared)
+            if self.eps_inside_root
+            else torch.optim.Adam(parameters, eps=self.eps, **shared)
+        )
         for parameter in parameters:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, SerializeAsAny, WrapValidator
+from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
@@ -34,11 +34,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class EmaOptions(Section):
     """Exponential moving average of the weights, by half-life in images (Karras et al. 2024, section 3.1, the usual form).
 
-    `ramp_up` bounds the half-life by that share of the images seen, so that the first weights are forgotten soon.
+    `ramp_up` bounds the half-life by that share of the images seen, so that the first weights are forgotten soon. `from_zero`
+    begins with weights of zero instead, as the code released with Salimans et al. 2016 does, and forgets nothing sooner.
     """
 
     half_life_images: Images = 10_000
     ramp_up: Annotated[float, Field(gt=0)] | None = 0.05
+    from_zero: bool = False
+
+    @model_validator(mode="after")
+    def _zero_is_no_weight(self) -> EmaOptions:
+        if self.from_zero and self.ramp_up is not None:
+            raise ValueError("`from_zero` needs `ramp_up: null`, whose first average is the weights themselves")
+        return self
 
     def decay(self, images: float, batch: float) -> float:
         """The share of the average that stays when a step of `batch` images ends at `images`."""
@@ -111,6 +119,7 @@ class Player:
         self.dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.ema = copy.deepcopy(self.module).eval().requires_grad_(False) if options.ema else None
+        self._begin_average()
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.wrapped = (
             DistributedDataParallel(self.module, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
@@ -331,10 +340,16 @@ class Player:
                 found[part] = dict(kept)
         return found
 
+    @torch.no_grad()
+    def _begin_average(self) -> None:
+        if self.ema is not None and self.options.ema is not None and self.options.ema.from_zero:
+            torch._foreach_zero_([*self.ema.parameters()])
+
     def restart_average(self) -> None:
         """The average and the history begin again from the weights."""
         if self.ema is not None:
             self.ema.load_state_dict(self.module.state_dict())
+            self._begin_average()
         for name, kept in self.history.items():
             kept.copy_(self.module.get_parameter(name).detach() if name != "steps" else torch.zeros_like(kept))
 

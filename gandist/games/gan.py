@@ -196,10 +196,13 @@ class Gan(Generative):
 
     @property
     def start_samples(self) -> int:
-        return self.generator.network.start_samples
+        return max(self.generator.network.start_samples, self.discriminator.network.start_samples)
 
     def start(self, players: Players, samples: Tensor) -> None:
+        samples = samples.to(players["generator"].device)
         self.generator.network.start(players["generator"].module, samples)
+        labels = samples.new_zeros(len(samples), dtype=torch.int64) if self.conditional is not None else None
+        self.discriminator.network.start(players["discriminator"].module, samples, labels)
 
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> GeneratorScores:
         return GeneratorScores(self.scores, self, data, spec, spec.shape, device)

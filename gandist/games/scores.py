@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
 from gandist.data.dataset import Dataset, Spec
-from gandist.data.opening import data_digest, open_batches
+from gandist.data.opening import data_digest
 from gandist.data.sources.generated import mixture
 from gandist.data.storage import aside
-from gandist.data.stream import Share
 from gandist.game import Evaluation, Evaluator, Generative, Players
-from gandist.metrics.distribution import DistributionOptions, RealStatistics, in_order, score
+from gandist.games.reading import HeldOut, as_the_first_says, gathered, ranks
+from gandist.metrics.distribution import DistributionOptions, RealStatistics, score
 from gandist.metrics.features import (
     AnyFeatures,
     FeatureNetwork,
@@ -100,28 +99,6 @@ class ScoreOptions(Section):
             yield ("parzen",), "is of images, and the dataset has signals; leave it out"
 
 
-def _ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gathered(rows: Tensor, numbers: Tensor) -> Tensor:
-    """The rows of all processes in the order of their numbers, on every process."""
-    _, ranks = _ranks()
-    if ranks > 1:
-        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(ranks)]
-        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-        longest = max(int(count) for count in counts)
-        found = []
-        for part in (rows, numbers.to(rows.device)):
-            padded = part.new_zeros(longest, *part.shape[1:])
-            padded[: len(part)] = part
-            parts = [torch.empty_like(padded) for _ in range(ranks)]
-            dist.all_gather(parts, padded)
-            found.append(torch.cat([p[: int(count)] for p, count in zip(parts, counts, strict=True)]))
-        rows, numbers = found
-    return in_order(rows, numbers)
-
-
 class GeneratorScores(Evaluator):
     """Prepared once for a run: the feature network, and the real side of the comparison, which a cache keeps by its protocol."""
 
@@ -131,38 +108,27 @@ class GeneratorScores(Evaluator):
     ) -> None:  # fmt: skip
         self.options, self.game, self.device, self.spec, self.shape = options, game, device, spec, shape
         self.split = options.split or data.split
-        if data.reader != "index":
-            raise InputError(
-                "`data.reader`: webdataset reads in an order of its own, which no score can be repeated from; "
-                "`gandist index` the shards, and name the index"
-            )
-        changes = {"split": self.split, "subset": None, "workers": 0, "shuffle": "full", "window_shards": 16}
-        self.data = data.model_copy(update={**changes, "transform": data.transform.still()})
         self.part = "image" if len(shape) == 3 else "signal"
+        self.held_out = HeldOut(data, self.split, (self.part,), options.seed, device)
+        self.data = self.held_out.data
         self.network: FeatureNetwork = options.chosen(shape).build().to(device)
-        self.samples = self._split_samples(self.split)
+        self.samples = self.held_out.samples(self.split)
         self.reals = options.reals or min(self.samples, 50_000)
         if self.reals > self.samples:
             raise InputError(
                 f"`game.scores.reals`: {self.reals} samples are asked of the split `{self.split}`, which has {self.samples}; use at most that"
             )
         self.mixture = self._mixture(shape)
-        held_out = (options.parzen.validation, options.parzen.test) if options.parzen is not None else ()
-        self.held_out = {split: self._split_samples(split) for split in held_out}
-        fewest = min(self.reals, options.fakes, *self.held_out.values())
-        if -(-fewest // BLOCK) < _ranks()[1]:
+        splits = (options.parzen.validation, options.parzen.test) if options.parzen is not None else ()
+        self.parzen_samples = {split: self.held_out.samples(split) for split in splits}
+        fewest = min(self.reals, options.fakes, *self.parzen_samples.values())
+        if -(-fewest // BLOCK) < ranks()[1]:
             raise InputError(
-                f"`game.scores`: {fewest} samples are fewer than a block of {BLOCK} for each of {_ranks()[1]} processes; "
+                f"`game.scores`: {fewest} samples are fewer than a block of {BLOCK} for each of {ranks()[1]} processes; "
                 "take more samples, or fewer processes"
             )
         self.weights = self._class_weights()
         self.real: RealStatistics | None = None
-        self.trouble = ""  # with this process's data
-
-    def _split_samples(self, split: str) -> int:
-        samples = Dataset(self.data.path).spec(split).samples
-        assert samples is not None  # an index has counted them
-        return samples
 
     def _mixture(self, shape: tuple[int, ...]) -> tuple[Any, float] | None:
         if len(shape) != 2:
@@ -191,27 +157,9 @@ class GeneratorScores(Evaluator):
         return sorted_ones[torch.randperm(count, generator=source)]
 
     def _blocks(self, count: int, split: str) -> Iterator[tuple[int, Tensor]]:
-        """The first row and the rows of this process's blocks of `count` real samples, in an order of the scores' own."""
-        rank, ranks = _ranks()
-        options = self.data.model_copy(update={"split": split})
-        stream = open_batches(options, Share((self.part,), BLOCK, self.options.seed, self.device))
-        trouble = ""
-        try:
-            for block in range(rank, -(-count // BLOCK), ranks):
-                found = stream.ready([block])
-                trouble = next((f.message for f in found if f.number < 0 or not self.data.quarantine), "")
-                if trouble:
-                    break  # and go on to where all processes meet
-                (batch,) = stream.read(block)
-                yield block * BLOCK, batch[self.part][: count - block * BLOCK]
-        finally:
-            stream.close()
-        self.trouble = self.trouble or trouble
-
-    def _refuse_trouble(self) -> None:
-        """All processes stop together where the data of one was bad."""
-        if _any(bool(self.trouble), self.device):
-            raise Failure(self.trouble or "another process could not read its share of the data for the scores")
+        """The first row and the rows of this process's blocks of `count` real samples."""
+        for first, batch in self.held_out.blocks(count, split):
+            yield first, batch[self.part][: count - first]
 
     def _features(self, blocks: Iterator[tuple[int, Tensor]]) -> Features:
         pool, logits, numbers = [], [], []
@@ -220,7 +168,7 @@ class GeneratorScores(Evaluator):
             pool.append(found.pool)
             logits += [found.logits] if found.logits is not None else []
             numbers.append(torch.arange(first, first + len(rows)))
-        self._refuse_trouble()
+        self.held_out.refuse_trouble()
         numbered = torch.cat(numbers)
         return Features(gathered(torch.cat(pool), numbered), gathered(torch.cat(logits), numbered) if logits else None)
 
@@ -228,9 +176,9 @@ class GeneratorScores(Evaluator):
         if self.real is None:
             known = self._real_protocol()
             path = cache_folder() / "statistics" / f"{hashlib.sha256(known.encode()).hexdigest()}.safetensors"
-            rank, _ = _ranks()
+            rank, _ = ranks()
             found = self._cached(path) if rank == 0 else None
-            if not _agreed(found is not None, self.device):
+            if not as_the_first_says(found is not None, self.device):
                 pool = self._features(self._blocks(self.reals, self.split)).pool
                 if rank == 0:
                     found = RealStatistics.of(pool, self._neighbours())
@@ -265,10 +213,10 @@ class GeneratorScores(Evaluator):
         count, numbers = max(self.options.fakes, keep), []
 
         def fakes() -> Iterator[tuple[int, Tensor]]:
-            rank, ranks = _ranks()
+            rank, processes = ranks()
             for first, rows in self.game.made(
                 players, self.spec, count, self.options.seed, labels=self._labels(count),
-                truncation=self.options.truncation, first=rank, every=ranks, average=self.options.average,
+                truncation=self.options.truncation, first=rank, every=processes, average=self.options.average,
             ):  # fmt: skip
                 if keep:
                     made.append(rows)
@@ -281,12 +229,12 @@ class GeneratorScores(Evaluator):
         )
         values = gathered(torch.cat(made), torch.cat(numbers)) if keep else torch.empty(0)
         held_out = []
-        for split in self.held_out:
-            blocks = [*self._blocks(self.held_out[split], split)]
-            self._refuse_trouble()
+        for split, samples in self.parzen_samples.items():
+            blocks = [*self._blocks(samples, split)]
+            self.held_out.refuse_trouble()
             order = torch.cat([torch.arange(first, first + len(rows)) for first, rows in blocks])
             held_out.append(gathered(torch.cat([rows for _, rows in blocks]).contiguous(), order))
-        if _ranks()[0] != 0:
+        if ranks()[0] != 0:
             return None
         scores = score(real, fake, self.options.seed, self.options.distribution).named(self.network.inception)
         if self.mixture is not None:
@@ -338,23 +286,6 @@ class GeneratorScores(Evaluator):
             settings=settings,
             versions=installed(),
         )
-
-
-def _any(mine: bool, device: torch.device) -> bool:
-    """Whether any process says so."""
-    flag = torch.tensor([int(mine)], device=device)
-    if _ranks()[1] > 1:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-def _agreed(mine: bool, device: torch.device) -> bool:
-    """What rank 0 says."""
-    if _ranks()[1] == 1:
-        return mine
-    flag = torch.tensor([int(mine)], device=device)
-    dist.broadcast(flag, 0)
-    return bool(flag.item())
 
 
 def _store(path: Any, found: RealStatistics) -> None:

@@ -15,23 +15,15 @@ Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 
 
-class Protocol(Section):
+class Card(Section):
     """How scores came about. All but `scores` and `versions` define them: `digest` is of those, and they must be equal."""
 
     scores: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]
-    features: Name  # the network's name, the SHA-256 of its weights, and what it does to samples first
-    features_digest: Name
-    resize: Name
     dataset: Name  # its digest
-    transform: Name  # of the data, on the way to the features
+    transform: Name  # of the data, on the way to the network
     split: Name
-    reals: Count
-    fakes: Count
-    seed: Annotated[int, Field(ge=0, lt=2**63)]  # of the noise and the subsets, not of the training
-    ema: bool  # whether the average weights made the samples
-    truncation: Annotated[float, Field(ge=0, strict=False)] | None = None
-    precision: Name = "fp32"  # that the samples were made in
-    labels: Name | None = None  # how the classes of the samples are chosen; None: there are none
+    ema: bool  # whether the average weights were judged
+    precision: Name = "fp32"  # that they computed in
     settings: dict[str, int | float | str] = {}  # of the scores: neighbours, subsets, splits …
     versions: dict[str, str] = {}
 
@@ -46,21 +38,48 @@ class Protocol(Section):
         return hashlib.sha256(json.dumps(self.defining(), sort_keys=True).encode()).hexdigest()
 
 
+class Protocol(Card):
+    """Of a generator: its samples beside real ones."""
+
+    features: Name  # the network's name, the SHA-256 of its weights, and what it does to samples first
+    features_digest: Name
+    resize: Name
+    reals: Count
+    fakes: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # of the noise and the subsets, not of the training
+    truncation: Annotated[float, Field(ge=0, strict=False)] | None = None
+    labels: Name | None = None  # how the classes of the samples are chosen; None: there are none
+
+
+class Tested(Card):
+    """Of a network that answers, such as a classifier: its answers beside the right ones, of every sample."""
+
+    samples: Count
+
+
+def card(values: object, _: object = None) -> Card:
+    """The card that a mapping describes; raises ValidationError."""
+    kind = Tested if isinstance(values, dict) and "samples" in values else Protocol
+    return values if isinstance(values, Card) else kind.model_validate(values)
+
+
 def installed() -> dict[str, str]:
     """The versions of the packages whose arithmetic is in a score."""
     return {name: version(name) for name in ("gandist", "torch", "torchmetrics")}
 
 
-def differences(a: Protocol, b: Protocol) -> list[str]:
+def differences(a: Card, b: Card) -> list[str]:
     """Each field that keeps two scores from being compared, with both values."""
     first, second = a.defining(), b.defining()
+    if type(a) is not type(b):
+        return [f"one is of a {'generator' if isinstance(a, Protocol) else 'classifier'}, and the other is not"]
     found = [f"`{name}` {first[name]!r} and {second[name]!r}" for name in first if first[name] != second[name]]
     if not set(a.scores) & set(b.scores):
         found.insert(0, f"`scores` {list(a.scores)} and {list(b.scores)}, of which none is the same")
     return found
 
 
-def refuse_comparison(a: Protocol, b: Protocol) -> list[str]:
+def refuse_comparison(a: Card, b: Card) -> list[str]:
     """Raises InputError naming each difference between two protocols; returns warnings of other versions."""
     if found := differences(a, b):
         raise InputError(f"these scores cannot be compared: {'; '.join(found)}. Evaluate one of them as the other was")

@@ -16,9 +16,12 @@ from gandist.networks.heads import (
     Head,
     Judge,
     Judged,
+    MinibatchDiscrimination,
     MinibatchOptions,
+    Recogniser,
     normalise_spectra,
 )
+from gandist.networks.starting import start_by
 from gandist.recipe import Choice, Section, installed
 
 __all__ = [
@@ -83,10 +86,37 @@ class DiscriminatorOptions(Section):
             normalise_spectra(judge)
         return judge
 
+    def build_classifier(self, shape: Shape, classes: int, fake_class: bool = False, layer: int = 0) -> nn.Module:
+        """The module as a classifier of K classes, or K and one of fakes, with its initial weights, likewise."""
+        trunk, features = self.trunk(shape)
+        minibatch = MinibatchDiscrimination(features, self.minibatch) if self.minibatch is not None else None
+        features += self.minibatch.kernels if self.minibatch is not None else 0
+        outputs = self.outputs(features, classes + fake_class)
+        judge = Recogniser(trunk, outputs, classes, minibatch, layer)
+        if self.spectral_norm:
+            normalise_spectra(judge)
+        return judge
+
+    def outputs(self, features: int, count: int) -> nn.Module:
+        """Features (B, F) to class logits (B, count)."""
+        last = nn.Linear(features, count)
+        self.initialise(last)
+        return last
+
     @property
     def sees_batch(self) -> str | None:
         """What makes its output for one row depend on the others, as a key with its value; None where nothing does."""
         return "minibatch" if self.minibatch is not None else None
+
+    @property
+    def start_samples(self) -> int:
+        """How many samples of the data its initial weights depend on."""
+        return 500 if self.minibatch is not None else 0
+
+    def start(self, module: nn.Module, samples: Tensor, labels: Tensor | None = None) -> None:
+        """Changes initial weights by the data: `start_samples` samples (N, *shape) of it, the same ones on every process."""
+        if self.start_samples:
+            start_by(module, samples[: self.start_samples], None if labels is None else labels[: self.start_samples])
 
     @abstractmethod
     def trunk(self, shape: Shape) -> tuple[nn.Module, int]:

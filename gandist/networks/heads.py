@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from gandist.losses import evidence
+from gandist.networks.starting import Measuring
 from gandist.recipe import Section
 
 Conditioning = Literal["projection", "classifier"]
@@ -17,7 +20,7 @@ SMALL = 0.1  # deviation of the initial embedding of a class, beside noise of 1
 
 
 class Judged(NamedTuple):
-    """Logits (B,), positive for real; the features (B, F) that they are read from; class logits (B, K) of an auxiliary classifier."""
+    """Logits (B,), positive for real; the features (B, F) that they are read from; class logits (B, K), where it classifies."""
 
     logits: Tensor
     features: Tensor
@@ -31,11 +34,37 @@ class MinibatchOptions(Section):
     dimensions: Annotated[int, Field(ge=1, le=64)] = 5
 
 
-class MinibatchDiscrimination(nn.Module):
+class _GatherOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        mine: Tensor = total.chunk(dist.get_world_size())[dist.get_rank()]
+        return mine
+
+
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows of all processes, of which each holds equally many, in the order of ranks; collective, forward and backward.
+
+    What another rank's loss owes to these rows is added to their gradient, so that the mean over the ranks of the gradients of
+    the weights, which DDP takes, is that of the loss of the whole batch.
+    """
+    gathered: Tensor = _GatherOverRanks.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class MinibatchDiscrimination(Measuring):
     """(B, F) to (B, F + kernels): how close each row is to the others of its batch, by a learned distance.
 
-    o_b = Σ_{j ≠ i} exp(−‖M_ib − M_jb‖₁) with M = f T, of the rows of one forward on one process; j = i adds the same 1 to all
-    and is left out, as in the released code.
+    o_b = Σ_{j ≠ i} exp(−‖M_ib − M_jb‖₁) + bias with M = f T; j = i adds the same 1 to all and is left out, as in the released code.
+    T = exp(s) θ / ‖θ‖ for each dimension of a kernel. Measured by a first batch, s makes half the mean distance of nearest rows 1 in
+    each kernel, and the bias makes the mean of o_b zero. While training, the others are those of all processes.
     """
 
     sees_batch = True  # a row's output depends on the other rows
@@ -44,13 +73,37 @@ class MinibatchDiscrimination(nn.Module):
         super().__init__()
         self.options = options
         self.project = nn.Linear(features, options.kernels * options.dimensions, bias=False)
+        nn.init.normal_(self.project.weight, 0.0, 0.05)
+        self.log_scale = nn.Parameter(torch.zeros(options.kernels, options.dimensions))
         self.bias = nn.Parameter(torch.full((options.kernels,), -1.0))
 
     def forward(self, features: Tensor) -> Tensor:
-        matrices = rearrange(self.project(features), "b (k d) -> b k d", k=self.options.kernels).float()
-        near = torch.exp(-(matrices[:, None] - matrices[None]).abs().sum(3))  # (B, B, kernels)
-        others = near.sum(1) - 1
-        return torch.cat([features, (others + self.bias).to(features.dtype)], dim=1)
+        if self.measures:
+            return self.measure(features)
+        many = self.training and dist.is_initialized() and dist.get_world_size() > 1
+        near = torch.exp(-self._distances(self._matrices(features), gather=many)).sum(1) - 1
+        return torch.cat([features, (near + self.bias).to(features.dtype)], dim=1)
+
+    def measure(self, features: Tensor) -> Tensor:
+        distances = self._distances(self._matrices(features))
+        distances.diagonal(dim1=0, dim2=1).fill_(float("inf"))
+        half = 0.5 * distances.amin(1).mean(0)  # (kernels,)
+        self.log_scale.sub_(half.clamp_min(1e-8).log()[:, None])
+        near = torch.exp(-distances / half.clamp_min(1e-8)).sum(1)
+        self.bias.copy_(-near.mean(0))
+        return torch.cat([features, (near + self.bias).to(features.dtype)], dim=1)
+
+    def _matrices(self, features: Tensor) -> Tensor:
+        """M (B, kernels, dimensions)."""
+        length = self.project.weight.square().sum(1).add(1e-12).sqrt()
+        scaled = self.project(features).float() * (self.log_scale.exp().flatten() / length)
+        matrices: Tensor = rearrange(scaled, "b (k d) -> b k d", k=self.options.kernels)
+        return matrices
+
+    def _distances(self, matrices: Tensor, gather: bool = False) -> Tensor:
+        """(B, all rows, kernels)."""
+        others = rows_of_all_ranks(matrices) if gather else matrices
+        return (matrices[:, None] - others[None]).abs().sum(3)
 
 
 class Head(nn.Module):
@@ -94,6 +147,31 @@ class Judge(nn.Module):
     def forward(self, sample: Tensor, labels: Tensor | None = None) -> Judged:
         judged: Judged = self.head(self.trunk(sample), labels)
         return judged
+
+
+class Recogniser(nn.Module):
+    """A discriminator that is a classifier: a trunk, and `outputs` of its features, (B, F) to (B, K) or, with a fake class, (B, K + 1).
+
+    Its verdict has the class logits (B, K), the logit of being real that they imply, and the features of the trunk's last part, or of
+    the `layer`-th part before it.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, outputs: nn.Module, classes: int, minibatch: nn.Module | None = None, layer: int = 0
+    ) -> None:
+        super().__init__()
+        self.trunk, self.outputs, self.classes, self.layer = trunk, outputs, classes, layer
+        self.minibatch = minibatch if minibatch is not None else nn.Identity()
+
+    def forward(self, sample: Tensor) -> Judged:
+        if self.layer == 0:
+            features = seen = self.trunk(sample)
+        else:
+            assert isinstance(self.trunk, nn.Sequential)
+            seen = self.trunk[: -self.layer](sample)
+            features = self.trunk[-self.layer :](seen)
+        logits = self.outputs(self.minibatch(features))
+        return Judged(evidence(logits, self.classes), seen.flatten(1), logits[:, : self.classes].float())
 
 
 class Conditioned(nn.Module):

@@ -1,0 +1,103 @@
+"""What scores read: every sample of a split once, in blocks that processes take in turns, and what they make of it together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gandist.data.dataset import Dataset
+from gandist.data.opening import open_batches
+from gandist.data.stream import Batch, Share
+from gandist.metrics.distribution import in_order
+from gandist.networks.noise import BLOCK
+from gandist.recipe import DataOptions, Failure, InputError
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(rows: Tensor, numbers: Tensor) -> Tensor:
+    """The rows of all processes in the order of their numbers, on every process."""
+    _, count = ranks()
+    if count > 1:
+        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(count)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        longest = max(int(count) for count in counts)
+        found = []
+        for part in (rows, numbers.to(rows.device)):
+            padded = part.new_zeros(longest, *part.shape[1:])
+            padded[: len(part)] = part
+            parts = [torch.empty_like(padded) for _ in range(count)]
+            dist.all_gather(parts, padded)
+            found.append(torch.cat([p[: int(count)] for p, count in zip(parts, counts, strict=True)]))
+        rows, numbers = found
+    return in_order(rows, numbers)
+
+
+def any_of_them(mine: bool, device: torch.device) -> bool:
+    """Whether any process says so."""
+    flag = torch.tensor([int(mine)], device=device)
+    if ranks()[1] > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def as_the_first_says(mine: bool, device: torch.device) -> bool:
+    """What rank 0 says."""
+    if ranks()[1] == 1:
+        return mine
+    flag = torch.tensor([int(mine)], device=device)
+    dist.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+class HeldOut:
+    """Samples of splits of a dataset, not moved by chance, in an order of the scores' own that `seed` fixes."""
+
+    def __init__(self, data: DataOptions, split: str, parts: Sequence[str], seed: int, device: torch.device) -> None:
+        if data.reader != "index":
+            raise InputError(
+                "`data.reader`: webdataset reads in an order of its own, which no score can be repeated from; "
+                "`gandist index` the shards, and name the index"
+            )
+        changes = {"split": split, "subset": None, "workers": 0, "shuffle": "full", "window_shards": 16}
+        self.data = data.model_copy(
+            update={**changes, "transform": data.transform.still(), "unlabelled_transform": None}
+        )
+        self.parts, self.seed, self.device = tuple(parts), seed, device
+        self.trouble = ""  # with this process's data
+
+    def samples(self, split: str) -> int:
+        """How many samples a split has; raises InputError where there is none of that name."""
+        samples = Dataset(self.data.path).spec(split).samples
+        assert samples is not None  # an index has counted them
+        return samples
+
+    def blocks(self, count: int, split: str, rows: int = BLOCK) -> Iterator[tuple[int, Batch]]:
+        """The first row and the batch of this process's blocks of `count` samples, `rows` at a time; the last has more rows than it
+        should, where `rows` does not divide `count`."""
+        rank, processes = ranks()
+        options = self.data.model_copy(update={"split": split})
+        stream = open_batches(options, Share(self.parts, rows, self.seed, self.device))
+        trouble = ""
+        try:
+            for block in range(rank, -(-count // rows), processes):
+                found = stream.ready([block])
+                trouble = next((f.message for f in found if f.number < 0 or not self.data.quarantine), "")
+                if trouble:
+                    break  # and go on to where all processes meet
+                (batch,) = stream.read(block)
+                yield block * rows, batch
+        finally:
+            stream.close()
+        self.trouble = self.trouble or trouble
+
+    def refuse_trouble(self) -> None:
+        """All processes stop together where the data of one was bad; raises Failure."""
+        if any_of_them(bool(self.trouble), self.device):
+            raise Failure(self.trouble or "another process could not read its share of the data for the scores")
