@@ -571,6 +571,49 @@ def sample(
 
 
 @app.command()
+def predict(
+    run: RunPath,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUTS…",
+            help="images, folders of them, archives, arrays, or packed datasets: whatever `pack` reads",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="folder; by default one in RUN/predictions")] = None,
+    bad: Annotated[
+        str, typer.Option(help="what becomes of damaged images: refuse (and name the first), or skip (and count)")
+    ] = "refuse",
+) -> None:
+    """Name the class of each image, with the classifier of a run of the game `semi`.
+
+    Writes predictions.csv: for each image its likeliest class, that one's probability, the probability that it is no real image of
+    any class (`fake`: high for what the run has never seen), and the probabilities of all classes; and sheets of the least
+    certain images and of the likeliest fakes.
+    """
+    import torch
+
+    from gandist import checkpoint
+    from gandist.predict import Predictor, write_predictions
+
+    if bad not in ("refuse", "skip"):
+        raise InputError(f"--bad {bad}: must be one of refuse, skip")
+    found = checkpoint.find(run)
+    device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
+        "cpu"
+    )
+    predictor = Predictor(found, device, skip=bad == "skip")
+    folder = checkpoint.outside(out or found.folder.parent.parent / "predictions" / found.folder.name)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; name a folder")
+    with _bar("predicting") as bar:
+        task = bar.add_task("", total=None)
+        told = [*write_predictions(predictor, inputs, folder, lambda done, _: bar.update(task, completed=done))]
+    for line in told:
+        print(printable(line))
+
+
+@app.command()
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to make; new, or empty")],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, WrapValidator
+from pydantic import ConfigDict, Field, PlainValidator, SerializeAsAny, ValidationError
 
 from gandist import checkpoint
 from gandist.check import contradictions
@@ -30,7 +30,7 @@ class _Written(Section):
 
     model_config = ConfigDict(extra="ignore")
     scores: Annotated[dict[str, float], Field(min_length=1)]
-    protocol: Annotated[SerializeAsAny[Card], WrapValidator(card)]
+    protocol: Annotated[SerializeAsAny[Card], PlainValidator(card)]
 
 
 def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:

@@ -23,6 +23,7 @@ from gandist.exported import (
     CONFIG,
     SEAL,
     WEIGHTS,
+    Classifies,
     Config,
     DiscriminatorConfig,
     Exported,
@@ -32,7 +33,8 @@ from gandist.exported import (
     folded,
     load,
 )
-from gandist.game import Game, Side
+from gandist.game import Game, Generative, Side
+from gandist.games.semi import Semi
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Judged
 from gandist.networks.noise import Noise
 from gandist.recipe import Failure, InputError, TransformOptions, suggestion
@@ -122,14 +124,16 @@ def _config(
         transform = TransformOptions.model_validate(found.state.recipe["data"]["transform"])
     except (KeyError, TypeError, ValueError):
         raise Failure(f"{found.folder}: its recipe is not one of this version: `data.transform`") from None
-    conditional = getattr(game, "conditional", None)
+    recognises = isinstance(game, Semi) and isinstance(options, DiscriminatorOptions)
+    conditional = getattr(game, "conditional", None) if not isinstance(game, Semi) else None
+    asked = isinstance(game, Generative) and isinstance(options, GeneratorOptions) and game.classes(spec) is not None
     values: dict[str, Any] = {
         "game": game.kind,
         "image": spec.image,
         "signal": spec.signal if spec.image is None else None,
         "range": transform.range if spec.image is not None and transform.mean is None else None,
         "conditional": conditional,
-        "label": spec.label if conditional is not None else None,
+        "label": spec.label if conditional is not None or recognises or asked else None,
         "average": side.options.ema is not None,
         "images": found.state.images,
         "checkpoint": found.digest,
@@ -144,6 +148,9 @@ def _config(
         )
         return GeneratorConfig(**values, noise=noise)
     if isinstance(options, DiscriminatorOptions):
+        if isinstance(game, Semi):
+            layer = game.feature_matching.layer if game.feature_matching is not None else 0
+            values["classifies"] = Classifies(fake_class=game.fake_class == "learned", layer=layer)
         return DiscriminatorConfig(**values)
     raise InputError(f"--player {player!r}: neither a generator nor a discriminator, and nothing else can be exported")
 
@@ -178,6 +185,8 @@ def _card(config: GeneratorConfig | DiscriminatorConfig, game: Game, parameters:
     else:
         code.append(f"{config.sample}s = torch.zeros(16, {size})  # yours{spans.replace('…', 'to')}")
         call = f"logits = discriminator({config.sample}s{', labels' * config.asks_label}).logits  # (16,), positive for real"
+        if config.classifies is not None:
+            call = f"verdict = discriminator({config.sample}s)\nprobabilities = verdict.classes.softmax(1)  # (16, {config.classes})\nfake = 1 - verdict.logits.sigmoid()  # (16,)"
     code += [labels] * config.asks_label + [call]
     if "torch." not in "".join(code):
         code.remove("import torch")

@@ -24,6 +24,7 @@ from gandist.networks import (
     Shape,
 )
 from gandist.networks.noise import BLOCK, Noise
+from gandist.networks.starting import Normed
 from gandist.recipe import Failure, InputError, Section, wording
 from gandist.tensors import FileRecord, fill, unpacked
 
@@ -56,8 +57,8 @@ class Config(Section):
             raise ValueError("holds either `image` or `signal`")
         if self.image is not None and None in (self.image.height, self.image.width):
             raise ValueError("`image` needs a height and a width")
-        if (self.conditional is None) != (self.label is None):
-            raise ValueError("`conditional` and `label` come together")
+        if self.conditional is not None and self.label is None:
+            raise ValueError("`conditional` needs a `label`")
         return self
 
     @property
@@ -103,11 +104,27 @@ class GeneratorConfig(Config):
         return _unnormed(self.network).build(self.noise.width, self.shape, self.classes)
 
 
+class Classifies(Section):
+    """A discriminator that is a classifier of K classes, as the game `semi` has it."""
+
+    fake_class: bool = False  # an output for fakes beside those of the classes
+    layer: Annotated[int, Field(ge=0, le=64)] = 0  # parts of the network after its features
+
+
 class DiscriminatorConfig(Config):
     """Of a discriminator."""
 
     player: Literal["discriminator"] = "discriminator"
     network: AnyDiscriminator
+    classifies: Classifies | None = None
+
+    @model_validator(mode="after")
+    def _has_classes_to_tell(self) -> DiscriminatorConfig:
+        if (self.label is not None) != (self.conditional is not None or self.classifies is not None):
+            raise ValueError("`label` comes with `conditional` or `classifies`")
+        if self.conditional is not None and self.classifies is not None:
+            raise ValueError("`conditional` and `classifies` contradict each other")
+        return self
 
     @property
     def asks_label(self) -> bool:
@@ -116,7 +133,11 @@ class DiscriminatorConfig(Config):
 
     def build(self) -> nn.Module:
         """The network with initial weights, and with plain ones where it was trained under a spectral norm."""
-        return _unnormed(self.network).build(self.shape, self.classes, self.conditional)
+        network = _unnormed(self.network)
+        if self.classifies is not None:
+            assert self.classes is not None
+            return network.build_classifier(self.shape, self.classes, self.classifies.fake_class, self.classifies.layer)
+        return network.build(self.shape, self.classes, self.conditional)
 
 
 def _labels(config: GeneratorConfig | DiscriminatorConfig, labels: Tensor | None) -> tuple[Tensor, ...]:
@@ -261,8 +282,12 @@ def _read(path: Path, record: FileRecord) -> bytes:
 
 
 def folded(module: nn.Module) -> nn.Module:
-    """The module, with the plain weights that its parametrisations (spectral norms) give in evaluation mode."""
+    """The module, with the plain weights that its spectral norms and its weight norms give in evaluation mode."""
     module.eval()
+    for part in [*module.modules()]:
+        for name, child in [*part.named_children()]:
+            if isinstance(child, Normed):
+                setattr(part, name, child.plain())
     for part in [*module.modules()]:
         if parametrize.is_parametrized(part):
             for name in [*cast(nn.ModuleDict, part.parametrizations)]:

@@ -137,11 +137,12 @@ OPTIMIZERS: dict[str, Callable[[], type[Section]]] = {"adam": lambda: AdamOption
 class ScheduleOptions(Section):
     """The learning rate as a function of images: up over `warmup_images`, then down to `final` at `until_images`.
 
-    `exponential` halves it every `half_life_images` and stops at `final`.
+    It stays where it is until `from_images`. `exponential` halves it every `half_life_images` and stops at `final`.
     """
 
     kind: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     warmup_images: Annotated[int, Field(ge=0)] = 0
+    from_images: Annotated[int, Field(ge=0)] = 0
     until_images: Images | None = None
     half_life_images: Images | None = None
     final: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the learning rate
@@ -164,6 +165,12 @@ class ScheduleOptions(Section):
             raise ValueError(f"a `{self.kind}` schedule needs `until_images`, where it reaches `final`")
         if self.until_images is not None and self.until_images <= self.warmup_images:
             raise ValueError(f"`until_images` {self.until_images} must lie beyond `warmup_images` {self.warmup_images}")
+        if self.from_images and self.until_images is None:
+            raise ValueError("`from_images` has no effect without `until_images`, where the rate reaches `final`")
+        if self.until_images is not None and self.until_images <= self.from_images:
+            raise ValueError(f"`until_images` {self.until_images} must lie beyond `from_images` {self.from_images}")
+        if 0 < self.from_images <= self.warmup_images:
+            raise ValueError(f"`from_images` has no effect before `warmup_images` {self.warmup_images} are over")
         return self
 
     def factor(self, images: int) -> float:
@@ -173,7 +180,7 @@ class ScheduleOptions(Section):
             return warm * max(self.final, float(0.5 ** (images / self.half_life_images)))
         if self.until_images is None:
             return warm
-        span = self.until_images - self.warmup_images
-        passed = min(1.0, max(0.0, (images - self.warmup_images) / span))
+        begin = max(self.warmup_images, self.from_images)
+        passed = min(1.0, max(0.0, (images - begin) / (self.until_images - begin)))
         shape = 1 - passed if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * passed))
         return warm * (self.final + (1 - self.final) * shape)

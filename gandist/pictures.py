@@ -21,6 +21,7 @@ Picture = npt.NDArray[np.uint8]
 VIEW = 512  # pixels of a grid's side that small images are magnified to, by whole factors
 SHOWN, PLOTTED = 64, 4096  # samples of a sheet, and of one that plots them: 64 points tell nothing of a distribution
 GAP = 2  # empty pixels around a curve, so that neighbours do not run into each other
+CAPTION, LETTER = 28, 6  # pixels of two lines of text, and of a letter's width
 MARGIN = 40  # pixels around a plot, for its numbers
 FAINT, MIDDLE = 50, 150  # grey values of lines behind a plot, and of its numbers
 
@@ -66,6 +67,24 @@ def grid(images: Tensor, columns: int | None = None, magnify: bool = True) -> Pi
     if channels not in (1, 3):
         pixels = pixels[:, :1]
     return rearrange(pixels, "(r c) k h w -> (r h) (c w) k", c=columns).cpu().numpy()
+
+
+def captioned(images: Tensor, captions: list[str], columns: int = 8, side: int = 96) -> Picture:
+    """(H, W, 3) picture of images (N, C, H, W) in −1 … 1, each `side` pixels wide or more, with a caption of two lines below it."""
+    factor = max(1, -(-side // images.shape[3]))
+    tiles = [grid(image[None], 1, magnify=False) for image in images]
+    height, width = tiles[0].shape[0] * factor, tiles[0].shape[1] * factor
+    columns = min(columns, len(tiles))
+    cell = width + GAP, height + CAPTION
+    whole = Image.new("RGB", (columns * cell[0], -(-len(tiles) // columns) * cell[1]), (24, 24, 24))
+    draw = ImageDraw.Draw(whole)
+    for place, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+        left, top = place % columns * cell[0], place // columns * cell[1]
+        picture = Image.fromarray(tile[:, :, 0] if tile.shape[2] == 1 else tile)
+        whole.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        lines = [line[: width // LETTER] for line in caption.split("\n")]
+        draw.multiline_text((left + 2, top + height + 1), "\n".join(lines), fill=(230, 230, 230), spacing=0)
+    return np.asarray(whole)
 
 
 def save_png(picture: Picture, path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gandist import checkpoint
 from gandist.data.dataset import Spec
+from gandist.data.leaks import refuse_leaks
 from gandist.data.opening import data_digest, data_spec, open_batches
 from gandist.data.stream import Fault, Share, Stream
 from gandist.evaluations import channels, in_words, write_evaluation
@@ -88,6 +89,7 @@ class Run:
             world.lead(prepare_scores)  # rank 0 first: what it downloads, the others find
             self.evaluator = made[0] if made else self.game.evaluator(recipe.data, self.spec, world.device)
         self._refuse_oversized()
+        world.lead(self._refuse_leaks)
         resuming = world.lead(lambda: self._open_folder(init_from))
         self.players = make_players(recipe, self.spec, world.device, world.precision)
         if resuming:
@@ -147,6 +149,12 @@ class Run:
                     f"`game.{name}.network`: its weights, gradients and moments are {needed / 2**30:,.0f} GiB, and the device has "
                     f"{there / 2**30:,.0f}; use a smaller one"
                 )
+
+    def _refuse_leaks(self) -> int:
+        """Raises InputError before anything is written where labelled images lie in another split of the dataset as well."""
+        if self.recipe.data.subset is not None and self.recipe.data.reader == "index":
+            refuse_leaks(self.recipe.data)
+        return 0
 
     def _open_folder(self, init_from: Path | None) -> int:
         """Takes the folder for this run; 1 where there is a checkpoint to go on from."""

@@ -24,7 +24,7 @@ LAYERS = [
     {"pictures", "plots"},
     {"evaluations"},
     {"checkpoint", "log", "launcher"},
-    {"check", "run", "restored", "sample", "neighbours", "describe", "inspection", "export"},
+    {"check", "run", "restored", "sample", "neighbours", "predict", "describe", "inspection", "export"},
     {"train", "evaluate"},
     {"cli"},
     {"__main__", "__init__"},

@@ -37,6 +37,11 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, fashion: Path) -> Callabl
             (folder / "strings.csv").write_text("\n".join(lines))
             packed(folder / "strings.csv", folder / name)
             return folder / name
+        if name in ("cifar10", "svhn"):
+            images, labels = source.integers(0, 256, (200, 32, 32, 3), np.uint8), np.arange(200) % 10
+            np.savez(folder / f"{name}.npz", x_train=images, y_train=labels, x_test=images[::-1], y_test=labels[::-1])
+            packed(folder / f"{name}.npz", folder / name)
+            return folder / name
         if values is None:
             return fashion
         if not (folder / name).exists():
@@ -51,10 +56,17 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, fashion: Path) -> Callabl
 def test_a_recipe_takes_two_steps_and_its_header_tells_how_to_run_it(
     gandist: Callable, datasets: Callable[[str], Path], tmp_path: Path, path: Path
 ) -> None:
-    named = yaml.safe_load(path.read_text())["data"]["path"]
-    data = datasets(Path(named).name)
-    batch = min(16, read_recipe(path, [f"data.path={data}"]).run.batch)
-    options = [f"data.path={data}", f"run.folder={tmp_path / 'run'}", f"run.batch={batch}", f"run.images={2 * batch}"]
+    named = yaml.safe_load(path.read_text())["data"]
+    data = datasets(Path(named["path"]).name)
+    fewer = ["data.subset={per_class: 2, seed: 0}"] if "subset" in named else []
+    batch = min(16, read_recipe(path, [f"data.path={data}", *fewer]).run.batch)
+    options = [
+        f"data.path={data}",
+        *fewer,
+        f"run.folder={tmp_path / 'run'}",
+        f"run.batch={batch}",
+        f"run.images={2 * batch}",
+    ]
     options += ["run.log_every=1", "run.evaluate_images=null"]  # scores need weights that a test does not fetch
     result = gandist("train", path, *options)
     assert result.code == 0, result.err
@@ -122,7 +134,7 @@ def test_sample_needs_a_run(gandist: Callable, tmp_path: Path) -> None:
 def test_every_verb_explains_itself(gandist: Callable) -> None:
     listed = gandist("--help")
     assert listed.code == 0
-    for verb in ("pack", "index", "verify", "describe", "inspect", "train", "sample"):
+    for verb in ("pack", "index", "verify", "describe", "inspect", "train", "sample", "predict"):
         assert verb in listed.out
         assert gandist(verb, "--help").code == 0
     assert gandist("trian").code == 2

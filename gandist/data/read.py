@@ -298,6 +298,15 @@ class Reader:
         self._columns_of(role)[shard] = found
         return found
 
+    def digests(self, role: str) -> npt.NDArray[np.uint64]:
+        """The digests (samples,) of a member of every sample, as the indexes have them; 0 where a sample lacks it."""
+        found = []
+        for shard in range(len(self.shards)):
+            index = self._index(shard)
+            there = role in index.roles
+            found.append(np.frombuffer(index.digest[role], "<u8") if there else np.zeros(len(index), np.uint64))
+        return np.concatenate(found)
+
     def key(self, number: int) -> str:
         """The WebDataset key of a sample, read from its tar header."""
         shard, place = self._locate(number)

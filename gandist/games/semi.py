@@ -235,7 +235,9 @@ class Semi(Generative):
         discriminator = players["discriminator"]
         fake, asked = self._made(players["generator"], batch, "generator")
         real: Judged | None = None
-        if self.feature_matching is not None:  # in one forward: the discriminator's weights are normalised and cast once
+        if (
+            self.feature_matching is not None
+        ):  # in one forward: the discriminator's weights are normalised and cast once
             real, made = judge(discriminator, batch["unlabelled_again"], fake)
         else:
             made = discriminator(fake)

@@ -57,7 +57,7 @@ class Tested(Card):
     samples: Count
 
 
-def card(values: object, _: object = None) -> Card:
+def card(values: object) -> Card:
     """The card that a mapping describes; raises ValidationError."""
     kind = Tested if isinstance(values, dict) and "samples" in values else Protocol
     return values if isinstance(values, Card) else kind.model_validate(values)

@@ -10,6 +10,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from gandist.losses import at_least_fp32
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape
 
 Width = Annotated[int, Field(ge=1, le=65536)]
@@ -31,13 +32,18 @@ class Maxout(nn.Module):
 
 
 class Unfold(nn.Module):
-    """(B, prod(shape)) to (B, *shape) in −1 … 1, or without bounds where the output is linear."""
+    """(B, prod(shape)) to (B, *shape) in −1 … 1, or without bounds where the output is linear; in fp32 or more.
+
+    Near −1, where dark pixels lie, bf16 knows multiples of 1/256 alone: with such samples the semi game on MNIST was lost to the
+    discriminator in its second epoch (feature matching 20 to 78, and 2.7 with these lines in fp32; 2.3 all in fp32).
+    """
 
     def __init__(self, shape: Shape, output: str) -> None:
         super().__init__()
         self.shape, self.output = shape, output
 
     def forward(self, values: Tensor) -> Tensor:
+        values = at_least_fp32(values)
         if self.output == "sigmoid":
             values = 2 * values.sigmoid() - 1
         return (values.tanh() if self.output == "tanh" else values).reshape(-1, *self.shape)

@@ -11,7 +11,7 @@ from einops.layers.torch import Rearrange, Reduce
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gandist.losses import mean_over_ranks
+from gandist.losses import at_least_fp32, mean_over_ranks
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape
 from gandist.networks.mlp import Depth, Fold, Rate, Unfold, Width
 from gandist.networks.noise import SPREAD
@@ -39,6 +39,13 @@ class HiddenNoise(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.deviation}"
+
+
+class Squash(nn.Module):
+    """tanh in fp32 or more, since bf16 knows few numbers near −1 and 1."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return at_least_fp32(values).tanh()
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -73,7 +80,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
                     self.num_batches_tracked += 1
         scale = torch.rsqrt(variance + self.eps)
         offset = self.shift - mean * scale
-        return values * scale.view(axes) + offset.view(axes)
+        scaled: Tensor = values * scale.view(axes) + offset.view(axes)
+        return scaled
 
 
 class MlpGenerator(GeneratorOptions):
@@ -178,7 +186,7 @@ class ConvGenerator(GeneratorOptions):
         last = nn.ConvTranspose2d(channels, shape[0], 5, 2, 2, output_padding=1, bias=False)
         layers += [
             Normed(last, deviation=0.05, learns_gain=True, starts_at=0.1),
-            nn.Tanh(),
+            Squash(),
             Crop(shape[1], shape[2]),
         ]
         built = nn.Sequential(*layers)

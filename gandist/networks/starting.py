@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 
 import torch
@@ -71,7 +72,8 @@ class Normed(Measuring):
         if isinstance(layer, nn.Linear):
             return F.linear(inputs, weight, bias)
         if isinstance(layer, nn.Conv2d):
-            return layer._conv_forward(inputs, weight, bias)
+            convolved: Tensor = layer._conv_forward(inputs, weight, bias)
+            return convolved
         return F.conv_transpose2d(inputs, weight, bias, layer.stride, layer.padding, layer.output_padding)  # type: ignore[arg-type]
 
     def measure(self, inputs: Tensor) -> Tensor:
@@ -81,4 +83,13 @@ class Normed(Measuring):
         self.gain.mul_(factor.view_as(self.gain))
         with torch.no_grad():
             self.bias.copy_(-rows.mean(0) * factor)
-        return (outputs * factor + self.bias).movedim(-1, 1)
+        started: Tensor = (outputs * factor + self.bias).movedim(-1, 1)
+        return started
+
+    def plain(self) -> nn.Module:
+        """The layer without its gain: with the weights and the bias that it has now."""
+        layer = copy.deepcopy(self.layer)
+        with torch.no_grad():
+            layer.weight = nn.Parameter(torch._weight_norm(self.layer.weight, self.gain, self.axis))
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        return layer

@@ -29,7 +29,8 @@ class VirtualBatchNorm(nn.Module):
         mean, square = torch.cat([of_reference.expand(-1, count, -1), mixed], dim=1)  # (N + B, C) each
         scale = self.gain * torch.rsqrt(1e-5 + square - mean.square())
         offset = self.shift - mean * scale
-        return values * scale.view(*scale.shape, *tail) + offset.view(*offset.shape, *tail)
+        normed: Tensor = values * scale.view(*scale.shape, *tail) + offset.view(*offset.shape, *tail)
+        return normed
 
 
 class WithReference(nn.Module):

@@ -1,0 +1,229 @@
+"""How good a classifier gets from few labels, with the game and without it: budgets of labels × seeds, reported whole.
+
+    python benchmarks/semi.py RECIPE [KEY=VALUE …] [--labels 20,50,100,200] [--seeds 10] [--jobs N] [--out DIR]
+
+For each budget and seed it trains the recipe, and the same discriminator on the labelled rows alone (`game.supervised_only`), with
+`run.seed` and `data.subset.seed` both set to the seed; then it writes, from the test split of the recipe: mean ± standard deviation of
+the errors over the seeds, the errors of their ensemble (the mean of their probabilities), every single run, and the curves
+over training, as semi.json, semi.md and semi.png. All seeds are reported, and none is chosen.
+
+`--jobs` runs train side by side, one a core unless given, with the cores shared between them: small networks use one core better
+than two. Stopped at any moment, the same command goes on: finished runs are read, unfinished ones resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gandist import checkpoint
+from gandist.check import read_recipe
+from gandist.data.opening import data_spec
+from gandist.games.classification import scores
+from gandist.games.semi import Semi
+from gandist.plots import Curve, learning_curves
+from gandist.recipe import Failure, InputError
+from gandist.restored import restored
+from gandist.run import versions
+
+ARMS = {"semi": "the game", "supervised": "labels alone"}
+
+
+class Job(NamedTuple):
+    """One run: with the game or without it, from how many labels, by which seed."""
+
+    arm: str
+    labels: int
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Where the run lies."""
+        return out / f"{self.arm}_{self.labels}_{self.seed}"
+
+
+class Result(NamedTuple):
+    """What a run gave: probabilities (N, K) and labels (N,) of the test split, and errors by images trained on."""
+
+    job: Job
+    probabilities: Tensor
+    labels: Tensor
+    curve: Curve
+    seconds: float
+
+    @property
+    def errors(self) -> int:
+        """Of the test split."""
+        return int(scores(self.probabilities, self.labels)["errors"])
+
+
+def train(job: Job, arguments: argparse.Namespace, classes: int, threads: int) -> None:
+    """Trains a run, or goes on with it; raises Failure with what it printed where it did not end well."""
+    folder = job.folder(arguments.out)
+    overrides = [
+        f"data.subset={{per_class: {job.labels // classes}, seed: {job.seed}}}",
+        f"run.seed={job.seed}",
+        f"run.folder={folder}",
+    ]
+    if job.arm == "supervised":
+        overrides.append("game.supervised_only=true")
+    command = [sys.executable, "-m", "gandist", "train", str(arguments.recipe), *arguments.overrides, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure(f"{folder}: exit code {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def result(job: Job, arguments: argparse.Namespace) -> Result:
+    """The answers of a finished run, of the weights that its recipe scores."""
+    found = checkpoint.find(job.folder(arguments.out))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = read_recipe(job.folder(arguments.out) / "recipe.yaml", [])
+    _, players = restored(found, device)
+    assert isinstance(recipe.game, Semi)
+    probabilities, labels = recipe.game.evaluator(recipe.data, data_spec(recipe.data), device).answers(players)
+    rows = [json.loads(line) for line in (job.folder(arguments.out) / "log.jsonl").read_text().splitlines()]
+    points = {row["images"]: row["score/errors"] for row in rows if "score/errors" in row}
+    return Result(job, probabilities.cpu(), labels.cpu(), ([*points], [*points.values()]), found.state.seconds)
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """All runs, seed by seed, so that a report can be had of those that are done."""
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+        for labels in arguments.labels:
+            for arm in ARMS:
+                yield Job(arm, labels, seed)
+
+
+def report(results: list[Result], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything, as the JSON that is written."""
+    budgets = []
+    for labels in arguments.labels:
+        entry: dict[str, Any] = {"labels": labels}
+        for arm in ARMS:
+            several = [one for one in results if (one.job.arm, one.job.labels) == (arm, labels)]
+            errors = [one.errors for one in several]
+            together = scores(torch.stack([one.probabilities for one in several]).mean(0), several[0].labels)
+            entry[arm] = {
+                "errors": errors,
+                "seeds": [one.job.seed for one in several],
+                "mean": mean(errors),
+                "standard_deviation": stdev(errors) if len(errors) > 1 else None,
+                "ensemble": int(together["errors"]),
+                "seconds": [one.seconds for one in several],
+            }
+        budgets.append(entry)
+    return {
+        "benchmark": "semi",
+        "recipe": arguments.recipe.name,
+        "overrides": arguments.overrides,
+        "samples": len(results[0].labels),
+        "budgets": budgets,
+        "machine": {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "versions": versions(),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The report for a reader, as Markdown."""
+    lines = [
+        f"Errors on {found['samples']:,} test samples, {found['recipe']}"
+        + (f" with {' '.join(found['overrides'])}" if found["overrides"] else "")
+        + ": mean ± standard deviation over the seeds, and of the ensemble of all seeds.",
+        "",
+        "| labels | seeds | labels alone | ensemble | the game | ensemble | fewer errors |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for budget in found["budgets"]:
+        cells = []
+        for arm in ("supervised", "semi"):
+            one = budget[arm]
+            spread = f" ± {one['standard_deviation']:.1f}" if one["standard_deviation"] is not None else ""
+            cells += [f"{one['mean']:.1f}{spread}", str(one["ensemble"])]
+        gain = 1 - budget["semi"]["mean"] / max(budget["supervised"]["mean"], 1e-9)
+        lines.append(f"| {budget['labels']} | {len(budget['semi']['seeds'])} | {' | '.join(cells)} | {gain:.0%} |")
+    return "\n".join(lines)
+
+
+def plural(text: str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(part) for part in text.split(",")]
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Trains what is not trained yet, and reports; the exit code."""
+    first = read_recipe(arguments.recipe, [*arguments.overrides, "run.folder=unused"])
+    spec = data_spec(first.data)
+    if not isinstance(first.game, Semi) or spec.label is None:
+        raise InputError(f"{arguments.recipe}: its game is not `semi`")
+    classes = spec.label.classes
+    for labels in arguments.labels:
+        if labels < classes or labels % classes:
+            raise InputError(
+                f"--labels {labels}: not the same number for each of {classes} classes; use a multiple of it"
+            )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = arguments.jobs or cores
+    wanted = [*jobs(arguments)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        waiting = [(job, pool.submit(train, job, arguments, classes, max(1, cores // at_once))) for job in wanted]
+        try:
+            for number, (job, done) in enumerate(waiting, 1):
+                done.result()
+                print(f"{number} of {len(wanted)}: {job.folder(arguments.out)}", file=sys.stderr)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    results = [result(job, arguments) for job in wanted]
+    found = report(results, arguments)
+    text = table(found)
+    (arguments.out / "semi.json").write_text(json.dumps(found, indent=1) + "\n")
+    (arguments.out / "semi.md").write_text(text + "\n")
+    curves = {
+        f"{labels} labels, {words}": [one.curve for one in results if (one.job.arm, one.job.labels) == (arm, labels)]
+        for labels in arguments.labels
+        for arm, words in ARMS.items()
+    }
+    learning_curves(curves, f"errors of {found['samples']:,}", arguments.out / "semi.png")
+    print(text)
+    print(f"\nwritten to {arguments.out}: semi.json, semi.md, semi.png")
+    return 0
+
+
+def main() -> None:
+    """The command line; exit codes: 0 done, 1 failed, 2 the input is at fault."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="of the game `semi`")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as `gandist train` takes them")
+    parser.add_argument(
+        "--labels", type=plural, default=[20, 50, 100, 200], metavar="N,…", help="budgets, of all classes together"
+    )
+    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, help="runs side by side; one a core unless given")
+    parser.add_argument("--out", type=Path, default=Path("runs/semi"))
+    arguments = parser.parse_intermixed_args()
+    try:
+        code = measure(arguments)
+    except InputError as error:
+        print(f"semi: {error}", file=sys.stderr)
+        code = 2
+    except Failure as error:
+        print(f"semi: {error}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""What a trained classifier is for: classes of images, how sure it is of them, and which look like none that it knows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from pydantic import ValidationError
+from torch import Tensor
+
+from gandist import checkpoint
+from gandist.data.dataset import NAME, Dataset, Spec, write_atomically
+from gandist.data.decode import ENCODED, Pixels, decoded, label_number
+from gandist.data.opening import open_reader
+from gandist.data.read import BadSample
+from gandist.data.sources.open import open_source
+from gandist.data.storage import is_remote
+from gandist.data.transform import Moves, values
+from gandist.games.semi import Semi, classes_of
+from gandist.networks.noise import BLOCK
+from gandist.pictures import captioned, save_png
+from gandist.player import Player
+from gandist.recipe import DataOptions, Failure, InputError, TransformOptions
+from gandist.restored import restored
+
+SHOWN = 64  # images of a sheet
+Progress = Callable[[int, int], None]
+
+
+class Prediction(NamedTuple):
+    """What the classifier says of one image: probabilities (K,) of the classes, if it is real, and that it is no real image."""
+
+    input: str
+    name: str
+    label: int | None  # where the input knows it
+    probabilities: list[float]
+    fake: float
+
+    @property
+    def answer(self) -> int:
+        """The likeliest class."""
+        return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
+
+    @property
+    def probability(self) -> float:
+        """That of the likeliest class."""
+        return self.probabilities[self.answer]
+
+
+class Found(NamedTuple):
+    """One image of an input, as it is there."""
+
+    input: str
+    name: str
+    suffix: str
+    data: bytes | memoryview
+    label: int | None
+
+
+@dataclass
+class Predictor:
+    """The classifier of a run; raises InputError where its game has none."""
+
+    found: checkpoint.Checkpoint
+    device: torch.device
+    skip: bool = False  # damaged images, which are counted then
+    passed_over: list[str] = field(default_factory=list)
+    fitted: int = 0  # images that were cut and resized to the size of training
+    player: Player = field(init=False)
+
+    def __post_init__(self) -> None:
+        game, players = restored(self.found, self.device)
+        if not isinstance(game, Semi):
+            raise InputError(f"{self.found.folder}: its game, {game.kind}, has no classifier to predict with")
+        self.player = players["discriminator"]
+        try:
+            section = self.found.state.recipe.get("data", {})
+            self.transform = TransformOptions.model_validate(section.get("transform", {})).still()
+        except (ValidationError, AttributeError) as error:
+            raise Failure(
+                f"{self.found.folder}: its recipe is not one of this version: `data.transform`: {error}"
+            ) from None
+
+    @property
+    def spec(self) -> Spec:
+        """The data that the run was trained with."""
+        return self.found.state.spec
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes; their numbers where they have no names."""
+        label = self.spec.label
+        assert label is not None
+        return label.names or tuple(str(number) for number in range(label.classes))
+
+    def pixels(self, image: Found) -> Pixels:
+        """(H, W, C) as in training, of the size of training; raises ValueError."""
+        wanted = self.spec.image
+        assert wanted is not None
+        assert wanted.height is not None
+        assert wanted.width is not None
+        pixels = decoded(image.data, image.suffix, wanted.channels)
+        if pixels.shape[2] != wanted.channels:
+            if pixels.shape[2] != 1:
+                raise ValueError(f"has {pixels.shape[2]} channels, and the run was trained on {wanted.channels}")
+            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], wanted.channels))
+        if pixels.shape[:2] != (wanted.height, wanted.width):
+            place = np.zeros(1, np.uint64)
+            with suppress(ValueError):  # smaller than the crop of training: it is resized below
+                pixels = Moves.draw(self.transform, place, 0, "predict").apply(self.transform, 0, pixels)
+        if pixels.shape[:2] != (wanted.height, wanted.width):
+            if wanted.channels not in (1, 3):
+                raise ValueError(
+                    f"is {pixels.shape[1]}×{pixels.shape[0]}, and the run was trained on {wanted.width}×{wanted.height}"
+                )
+            picture = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if wanted.channels == 1 else pixels))
+            fitted = np.asarray(ImageOps.fit(picture, (wanted.width, wanted.height), Image.Resampling.LANCZOS))
+            pixels = fitted[:, :, None] if wanted.channels == 1 else fitted
+            self.fitted += 1
+        return pixels
+
+    def blocks(self, images: Iterator[Found]) -> Iterator[tuple[list[Found], Tensor]]:
+        """Images with their values (B, C, H, W), in blocks; raises Failure for a damaged one that is not to be passed over."""
+        kept: list[Found] = []
+        rows: list[Pixels] = []
+        for image in images:
+            try:
+                rows.append(self.pixels(image))
+            except ValueError as error:
+                message = f"{image.input}: {image.name!r} {error}"
+                if not self.skip:
+                    raise Failure(f"{message}; mend it, or pass over what is damaged with `--bad skip`") from None
+                self.passed_over.append(message)
+                continue
+            kept.append(image._replace(data=b""))
+            if len(kept) == BLOCK:
+                yield kept, self._values(rows)
+                kept, rows = [], []
+        if kept:
+            yield kept, self._values(rows)
+
+    def _values(self, rows: list[Pixels]) -> Tensor:
+        stacked = rearrange(torch.from_numpy(np.stack(rows)), "b h w c -> b c h w")
+        return values(TransformOptions(), stacked)
+
+    def predictions(self, blocks: Iterator[tuple[list[Found], Tensor]]) -> Iterator[tuple[Prediction, Tensor]]:
+        """What it says of each image, and the image. Each forward has `BLOCK` rows, so that an answer is the same in any company."""
+        with self.player.evaluating() as module:
+            for images, samples in blocks:
+                whole = samples.new_zeros(BLOCK, *samples.shape[1:])
+                whole[: len(samples)] = samples
+                verdict = module(whole.to(self.device, memory_format=torch.channels_last))
+                probabilities = classes_of(verdict).float().softmax(1).cpu().tolist()
+                fakes = torch.sigmoid(-verdict.logits.float()).cpu().tolist()  # 1 − D(x)
+                for row, (image, sample) in enumerate(zip(images, samples, strict=True)):
+                    yield Prediction(image.input, image.name, image.label, probabilities[row], fakes[row]), sample
+
+
+def images_of(inputs: list[str], scratch: Path) -> Iterator[Found]:
+    """The images of folders, archives, arrays, packed datasets and single files; raises InputError, and ValueError for a damaged one."""
+    for place in inputs:
+        path = Path(place)
+        if not is_remote(place) and path.is_file() and path.suffix[1:].lower() in ENCODED:
+            yield Found(str(path.parent), path.name, path.suffix[1:].lower(), path.read_bytes(), None)
+        elif is_remote(place) or (path / NAME).exists():
+            yield from _packed(place)
+        else:
+            source = open_source(place, scratch=scratch)
+            for split, found in source.splits.items():
+                for number in range(found.samples):
+                    item = found.read(number)
+                    image = next((suffix for suffix in item.members if suffix in ENCODED or suffix == "npy"), None)
+                    if image is None:
+                        raise InputError(f"{place}: holds no images")
+                    label = label_number(item.members["cls"]) if "cls" in item.members else None
+                    yield Found(place, item.name or f"{split}/{number}", image, item.members[image], label)
+
+
+def _packed(place: str) -> Iterator[Found]:
+    for split in Dataset(place).manifest.splits:
+        reader = open_reader(DataOptions(path=place, split=split))
+        try:
+            for number in range(len(reader)):
+                try:
+                    members = reader.uncached().members(number)
+                except BadSample as error:
+                    raise Failure(str(error)) from None
+                if "image" not in members:
+                    raise InputError(f"{place}: holds no images")
+                label = label_number(members["label"][1]) if "label" in members else None
+                yield Found(place, f"{split}/{reader.key(number)}", *members["image"], label)
+        finally:
+            reader.close()
+
+
+def write_predictions(
+    predictor: Predictor, inputs: list[str], out: Path, progress: Progress = lambda *_: None
+) -> Iterator[str]:
+    """Writes `predictions.csv` and sheets of the least certain and of the likeliest fakes into `out`; tells what was found."""
+    names = predictor.names
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["input", "name", "class", "class_name", "probability", "fake", "label", *(f"p_{name}" for name in names)]
+    )
+    unsure: list[tuple[float, Prediction, Tensor]] = []
+    unlike: list[tuple[float, Prediction, Tensor]] = []
+    done = wrong = labelled = 0
+    counts = [0] * len(names)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for one, sample in predictor.predictions(predictor.blocks(images_of(inputs, Path(scratch)))):
+                known = "" if one.label is None else str(one.label)
+                numbers = [f"{value:.6g}" for value in (one.probability, one.fake)]
+                row = [one.input, one.name, str(one.answer), names[one.answer], *numbers, known]
+                writer.writerow([*row, *(f"{p:.6g}" for p in one.probabilities)])
+                done += 1
+                counts[one.answer] += 1
+                if one.label is not None:
+                    labelled, wrong = labelled + 1, wrong + (one.label != one.answer)
+                for kept, key in ((unsure, one.probability), (unlike, -one.fake)):
+                    kept.append((key, one, sample))
+                    if len(kept) >= 4 * SHOWN:
+                        kept.sort(key=lambda entry: entry[0])
+                        del kept[SHOWN:]
+                progress(done, 0)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise Failure(f"an input is damaged: {error}") from None
+    if not done:
+        raise InputError(
+            f"{', '.join(inputs)}: no image of it can be read"
+            + (f": {predictor.passed_over[0]}" if predictor.passed_over else "")
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "predictions.csv", text.getvalue().encode())
+    for name, kept in (("least_certain", unsure), ("likeliest_fakes", unlike)):
+        kept.sort(key=lambda entry: entry[0])
+        shown = kept[:SHOWN]
+        captions = [f"{names[one.answer]} {one.probability:.2f}\nfake {one.fake:.2f}" for _, one, _ in shown]
+        save_png(captioned(torch.stack([sample for *_, sample in shown]), captions), out / f"{name}.png")
+    if predictor.passed_over:
+        yield f"{len(predictor.passed_over)} damaged images passed over, the first: {predictor.passed_over[0]}"
+    if predictor.fitted:
+        image = predictor.spec.image
+        assert image is not None
+        yield f"{predictor.fitted:,} images were cut to the shape of training and resized to {image.width}×{image.height}"
+    yield "by class: " + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+    if labelled:
+        yield f"{wrong:,} of {labelled:,} labels differ ({wrong / labelled:.2%})"
+    yield f"{done:,} images: {out / 'predictions.csv'}, {out / 'least_certain.png'}, {out / 'likeliest_fakes.png'}"
