@@ -1,11 +1,16 @@
-"""Images a second of the full trainer, with stream, log and EMA, against a plain PyTorch loop of the same DCGAN.
+"""Images a second of the full trainer, with stream, log and EMA, against a plain PyTorch loop of the same networks.
 
-    python benchmarks/step.py [--size 64] [--batch 64] [--rounds 9] [--steps 4] [--json FILE]
+    python benchmarks/step.py [--game gan] [--size 64] [--batch 64] [--rounds 9] [--steps 4] [--json FILE]
+    python benchmarks/step.py --game semi [--precision fp32] [--batch 100] [--rounds 9] [--steps 10] [--json FILE]
 
 Both run in this process, in turns of a few steps, so that what else the machine does falls on both alike. The plain loop
 is written as in the PyTorch DCGAN example: eager, fp32, default memory format and optimizer, one generator forward a
 step, images waiting in memory as floats. The trainer reads packed shards, draws fresh noise for each player, keeps an
 average of the generator and writes its log.
+
+`--game semi` plays the MNIST experiment of Salimans et al. 2016, its networks and batch, on garments of 28 pixels. Its plain loop is the
+usual port: fp32, layers written as their formulas are (with `--layers gandist`, the trainer's own), torch's Adam, a forward of the discriminator for each of the labelled, unlabelled and generated rows and for both sides of
+feature matching, fakes detached for the discriminator, its gradients computed and thrown away in the generator's turn, and the average.
 """
 
 from __future__ import annotations
@@ -18,10 +23,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,18 +38,33 @@ from gandist.data.pack import Options, Packing, pack
 from gandist.data.stream import Share
 from gandist.game import Game
 from gandist.launcher import Stop, World
+from gandist.networks import Judged
 from gandist.player import DTYPES
 from gandist.run import running, versions
 from gandist.train import step
 
-RECIPE = """\
+RECIPES = {
+    "gan": """\
 data: {{path: {data}}}
 game:
   kind: gan
   generator: {{network: {{kind: dcgan, width: {width}}}}}
   discriminator: {{network: {{kind: dcgan, width: {width}}}}}
 run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 10}}
-"""
+""",
+    "semi": """\
+data: {{path: {data}, subset: {{per_class: 10, seed: 0}}}}
+game:
+  kind: semi
+  generator: {{network: {{kind: salimans_mlp}}, optimizer: {{learning_rate: 3e-3, eps_inside_root: true}}}}
+  discriminator:
+    network: {{kind: salimans_mlp}}
+    optimizer: {{learning_rate: 3e-3, eps_inside_root: true}}
+    ema: {{half_life_images: 693_113, ramp_up: null, from_zero: true}}
+run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 100}}
+""",
+}
+BATCH = {"gan": 64, "semi": 100}
 
 
 class Plain:
@@ -73,6 +95,103 @@ class Plain:
 
         self.generator.zero_grad()
         loss = self.criterion(self.discriminator(fake).logits, ones)
+        loss.backward()
+        self.optimizers[1].step()
+
+
+class PlainNormed(nn.Module):
+    """W = g θ / ‖θ‖ as it is written."""
+
+    def __init__(self, inputs: int, outputs: int, learns_gain: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(outputs, inputs))
+        self.gain = nn.Parameter(torch.ones(outputs), requires_grad=learns_gain)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, values: Tensor) -> Tensor:
+        length = torch.sqrt(torch.sum(self.weight**2, dim=1))
+        return F.linear(values, self.weight * (self.gain / length)[:, None], self.bias)
+
+
+class PlainNoise(nn.Module):
+    """Gaussian noise."""
+
+    def __init__(self, deviation: float) -> None:
+        super().__init__()
+        self.deviation = deviation
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + torch.randn_like(values) * self.deviation
+
+
+class PlainDiscriminator(nn.Module):
+    """784-1000-500-250-250-250-10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [784, 1000, 500, 250, 250, 250]
+        layers: list[nn.Module] = []
+        for place, (inputs, outputs) in enumerate(pairwise(widths)):
+            layers += [PlainNoise(0.5 if place else 0.3), PlainNormed(inputs, outputs, False), nn.ReLU()]
+        self.hidden = nn.Sequential(*layers)
+        self.last = nn.Sequential(PlainNoise(0.5), PlainNormed(250, 10, True))
+
+    def forward(self, images: Tensor) -> Judged:
+        features = self.hidden((images.flatten(1) + 1) / 2)
+        classes = self.last(features)
+        return Judged(torch.logsumexp(classes, 1), features, classes)
+
+
+class PlainGenerator(nn.Module):
+    """100-500-500-784."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(100, 500), nn.BatchNorm1d(500), nn.Softplus(), nn.Linear(500, 500), nn.BatchNorm1d(500),
+            nn.Softplus(), PlainNormed(500, 784, True), nn.Sigmoid(),
+        )  # fmt: skip
+
+    def forward(self, noise: Tensor) -> Tensor:
+        made: Tensor = 2 * self.layers(noise) - 1
+        return made.view(-1, 1, 28, 28)
+
+
+class PlainSemi:
+    """The same of the semi game."""
+
+    def __init__(
+        self, generator: nn.Module, discriminator: nn.Module, images: Tensor, labels: Tensor, noise: int, batch: int
+    ) -> None:
+        self.generator, self.discriminator = generator, discriminator
+        self.images, self.labels, self.noise, self.batch = images, labels, noise, batch
+        self.optimizers = [
+            torch.optim.Adam(m.parameters(), lr=3e-3, betas=(0.5, 0.999)) for m in (discriminator, generator)
+        ]
+        self.average = [torch.zeros_like(p) for p in discriminator.parameters()]
+
+    def rows(self) -> Tensor:
+        """Numbers of some rows."""
+        return torch.randint(len(self.images), (self.batch,), device=self.images.device)
+
+    def __call__(self) -> None:
+        labelled, device = self.rows(), self.images.device
+        self.optimizers[0].zero_grad()
+        fake = self.generator(torch.rand(self.batch, self.noise, device=device)).detach()
+        supervised = self.discriminator(self.images[labelled])
+        real, made = self.discriminator(self.images[self.rows()]), self.discriminator(fake)
+        loss = F.cross_entropy(supervised.classes, self.labels[labelled])
+        loss = loss + 0.5 * F.softplus(-real.logits).mean() + 0.5 * F.softplus(made.logits).mean()
+        loss.backward()
+        self.optimizers[0].step()
+        with torch.no_grad():
+            for average, parameter in zip(self.average, self.discriminator.parameters(), strict=True):
+                average += 1e-4 * (parameter - average)
+
+        self.optimizers[1].zero_grad()
+        real = self.discriminator(self.images[self.rows()])
+        made = self.discriminator(self.generator(torch.rand(self.batch, self.noise, device=device)))
+        loss = (real.features.mean(0) - made.features.mean(0)).square().mean()
         loss.backward()
         self.optimizers[1].step()
 
@@ -125,19 +244,28 @@ def processor() -> str:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds, as the JSON that is written."""
     data = folder / "data"
-    pack(Packing("embedded:fashion-mnist", data, Options(size=arguments.size)))
+    semi = arguments.game == "semi"
+    pack(Packing("embedded:fashion-mnist", data, Options(size=None if semi else arguments.size)))
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(data=data, folder=folder / "run", **vars(arguments)))
+    path.write_text(RECIPES[arguments.game].format(data=data, folder=folder / "run", **vars(arguments)))
     recipe = read_recipe(path, [])
     world = World.join(recipe.run.precision)
     assert isinstance(recipe.game, Game)
 
     sides = recipe.game.sides(data_spec(recipe.data))
-    stream = open_batches(recipe.data, Share(("image",), 1024, 0, world.device))
-    images = stream.read(0)[0]["image"].contiguous()
+    stream = open_batches(recipe.data, Share(("image", "label"), 1024, 0, world.device))
+    (batch,) = stream.read(0)
+    images, labels = batch["image"].contiguous(), batch["label"]
     stream.close()
     bare = {name: side.build().to(world.device) for name, side in sides.items()}
-    plain = Plain(bare["generator"], bare["discriminator"], images, 100, arguments.batch)
+    players = bare["generator"], bare["discriminator"]
+    if semi and arguments.layers == "plain":
+        players = PlainGenerator().to(world.device), PlainDiscriminator().to(world.device)
+    plain: Callable[[], object] = (
+        PlainSemi(*players, images, labels, 100, arguments.batch)
+        if semi
+        else Plain(*players, images, 100, arguments.batch)
+    )
     stop = Stop(world)
     timings: dict[str, list[float]] = {"plain": [], "trainer": []}
     with running(recipe, world) as run:
@@ -161,12 +289,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     quarter = len(ratios) // 4
     speeds = {name: arguments.batch / statistics.median(values) for name, values in timings.items()}
     peaks = {name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})}
+    names = ("layers", "batch", "rounds", "steps") if semi else ("size", "width", "batch", "rounds", "steps")
     setting = {
-        "network": "dcgan",
-        **{name: getattr(arguments, name) for name in ("size", "width", "batch", "rounds", "steps")},
+        "network": "salimans_mlp" if semi else "dcgan",
+        **{name: getattr(arguments, name) for name in names},
     }
     return {
         "benchmark": "step",
+        "game": arguments.game,
         "setting": setting,
         "machine": {
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else processor(),
@@ -218,14 +348,17 @@ def report(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--game", default="gan", choices=[*RECIPES])
+    parser.add_argument("--layers", default="plain", choices=["plain", "gandist"], help="of the plain loop of semi")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--width", type=int, default=64, help="channels of the networks next to the image")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, help="64, and 100 of semi, unless given")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="steps of each contestant in a round")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    arguments.batch = arguments.batch or BATCH[arguments.game]
     report(measure, table, arguments)
 
 

@@ -127,7 +127,8 @@ class MlpDiscriminator(DiscriminatorOptions):
         for place, (inputs, outputs) in enumerate(zip([prod(shape), *self.widths], self.widths, strict=False)):
             linear = nn.Linear(inputs, outputs, bias=False)
             noise = self.hidden_noise if place else self.input_noise
-            blocks.append(nn.Sequential(*_noise(noise), Normed(linear, deviation=0.1, learns_gain=False), nn.ReLU()))
+            normed = Normed(linear, deviation=0.1, learns_gain=False)
+            blocks.append(nn.Sequential(*_noise(noise), normed, nn.ReLU(inplace=True)))
         return nn.Sequential(*blocks), self.widths[-1]
 
     def outputs(self, features: int, count: int) -> nn.Module:
@@ -229,7 +230,7 @@ class ConvDiscriminator(DiscriminatorOptions):
     def trunk(self, shape: Shape) -> tuple[nn.Module, int]:
         def layer(inputs: int, outputs: int, kernel: int, stride: int = 1, pad: int = 0) -> nn.Module:
             conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, bias=False)
-            return nn.Sequential(Normed(conv, deviation=0.05, learns_gain=False), nn.LeakyReLU(0.2))
+            return nn.Sequential(Normed(conv, deviation=0.05, learns_gain=False), nn.LeakyReLU(0.2, inplace=True))
 
         one, two = self.width, 2 * self.width
         blocks = [
