@@ -75,8 +75,7 @@ def train(job: Job, arguments: argparse.Namespace, classes: int, threads: int) -
         f"run.seed={job.seed}",
         f"run.folder={folder}",
     ]
-    if job.arm == "supervised":
-        overrides.append("game.supervised_only=true")
+    overrides.append(f"game.supervised_only={str(job.arm == 'supervised').lower()}")
     command = [sys.executable, "-m", "gandist", "train", str(arguments.recipe), *arguments.overrides, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -172,6 +171,12 @@ def measure(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"--labels {labels}: not the same number for each of {classes} classes; use a multiple of it"
             )
+    if len({*arguments.labels}) < len(arguments.labels):
+        raise InputError(f"--labels {arguments.labels}: names a budget twice")
+    for name in ("seeds", "jobs"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise InputError(f"--{name} {given}: must be 1 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = arguments.jobs or cores
     wanted = [*jobs(arguments)]

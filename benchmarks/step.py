@@ -182,7 +182,7 @@ class PlainSemi:
         real, made = self.discriminator(self.images[self.rows()]), self.discriminator(fake)
         loss = F.cross_entropy(supervised.classes, self.labels[labelled])
         loss = loss + 0.5 * F.softplus(-real.logits).mean() + 0.5 * F.softplus(made.logits).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizers[0].step()
         with torch.no_grad():
             for average, parameter in zip(self.average, self.discriminator.parameters(), strict=True):
@@ -349,15 +349,21 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--game", default="gan", choices=[*RECIPES])
-    parser.add_argument("--layers", default="plain", choices=["plain", "gandist"], help="of the plain loop of semi")
-    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
-    parser.add_argument("--width", type=int, default=64, help="channels of the networks next to the image")
+    parser.add_argument("--layers", choices=["plain", "gandist"], help="of the plain loop of semi; plain unless given")
+    parser.add_argument("--size", type=int, help="of gan: pixels of a side, 64 unless given")
+    parser.add_argument("--width", type=int, help="channels of the networks next to the image")
     parser.add_argument("--batch", type=int, help="64, and 100 of semi, unless given")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="steps of each contestant in a round")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.game == "semi" and (arguments.size or arguments.width):
+        parser.error("--size and --width have no effect on the networks of semi")
+    if arguments.game == "gan" and arguments.layers:
+        parser.error("--layers has no effect on gan")
+    arguments.size, arguments.width = arguments.size or 64, arguments.width or 64
+    arguments.layers = arguments.layers or "plain"
     arguments.batch = arguments.batch or BATCH[arguments.game]
     report(measure, table, arguments)
 

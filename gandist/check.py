@@ -79,6 +79,12 @@ def contradictions(
                     ("data", "transform", "range" if moved.mean is None else "mean"),
                     f"the game {game.kind} makes and scores images in −1 … 1, so real ones must lie there too; leave it out",
                 )
+            other = data.unlabelled_transform
+            if other is not None and (other.mean is not None or other.range != (-1.0, 1.0)):
+                source.fault(
+                    ("data", "unlabelled_transform", "range" if other.mean is None else "mean"),
+                    f"the game {game.kind} sees unlabelled images beside generated ones in −1 … 1; leave it out",
+                )
         if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & parts:
             source.fault(
                 ("data", "unlabelled_transform"), f"the game {game.kind} reads no unlabelled images; leave it out"

@@ -595,6 +595,7 @@ def predict(
 
     from gandist import checkpoint
     from gandist.predict import Predictor, write_predictions
+    from gandist.sample import refuse_taken
 
     if bad not in ("refuse", "skip"):
         raise InputError(f"--bad {bad}: must be one of refuse, skip")
@@ -604,8 +605,7 @@ def predict(
     )
     predictor = Predictor(found, device, skip=bad == "skip")
     folder = checkpoint.outside(out or found.folder.parent.parent / "predictions" / found.folder.name)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder}: is a file; name a folder")
+    refuse_taken(folder, "predictions.csv")
     with _bar("predicting") as bar:
         task = bar.add_task("", total=None)
         told = [*write_predictions(predictor, inputs, folder, lambda done, _: bar.update(task, completed=done))]

@@ -23,7 +23,6 @@ from gandist.exported import (
     CONFIG,
     SEAL,
     WEIGHTS,
-    Classifies,
     Config,
     DiscriminatorConfig,
     Exported,
@@ -33,8 +32,7 @@ from gandist.exported import (
     folded,
     load,
 )
-from gandist.game import Game, Generative, Side
-from gandist.games.semi import Semi
+from gandist.game import Classifying, Game, Generative, Side
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Judged
 from gandist.networks.noise import Noise
 from gandist.recipe import Failure, InputError, TransformOptions, suggestion
@@ -124,8 +122,8 @@ def _config(
         transform = TransformOptions.model_validate(found.state.recipe["data"]["transform"])
     except (KeyError, TypeError, ValueError):
         raise Failure(f"{found.folder}: its recipe is not one of this version: `data.transform`") from None
-    recognises = isinstance(game, Semi) and isinstance(options, DiscriminatorOptions)
-    conditional = getattr(game, "conditional", None) if not isinstance(game, Semi) else None
+    recognises = isinstance(game, Classifying) and isinstance(options, DiscriminatorOptions)
+    conditional = getattr(game, "conditional", None) if not isinstance(game, Classifying) else None
     asked = isinstance(game, Generative) and isinstance(options, GeneratorOptions) and game.classes(spec) is not None
     values: dict[str, Any] = {
         "game": game.kind,
@@ -148,9 +146,8 @@ def _config(
         )
         return GeneratorConfig(**values, noise=noise)
     if isinstance(options, DiscriminatorOptions):
-        if isinstance(game, Semi):
-            layer = game.feature_matching.layer if game.feature_matching is not None else 0
-            values["classifies"] = Classifies(fake_class=game.fake_class == "learned", layer=layer)
+        if isinstance(game, Classifying):
+            values["classifies"] = game.classifies()
         return DiscriminatorConfig(**values)
     raise InputError(f"--player {player!r}: neither a generator nor a discriminator, and nothing else can be exported")
 

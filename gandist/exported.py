@@ -17,6 +17,7 @@ from gandist.data.dataset import Hex, ImageSpec, LabelSpec, SignalSpec
 from gandist.networks import (
     AnyDiscriminator,
     AnyGenerator,
+    Classifies,
     Conditioning,
     DiscriminatorOptions,
     GeneratorOptions,
@@ -58,7 +59,7 @@ class Config(Section):
         if self.image is not None and None in (self.image.height, self.image.width):
             raise ValueError("`image` needs a height and a width")
         if self.conditional is not None and self.label is None:
-            raise ValueError("`conditional` needs a `label`")
+            raise ValueError("`conditional` and `label` come together")
         return self
 
     @property
@@ -104,19 +105,12 @@ class GeneratorConfig(Config):
         return _unnormed(self.network).build(self.noise.width, self.shape, self.classes)
 
 
-class Classifies(Section):
-    """A discriminator that is a classifier of K classes, as the game `semi` has it."""
-
-    fake_class: bool = False  # an output for fakes beside those of the classes
-    layer: Annotated[int, Field(ge=0, le=64)] = 0  # parts of the network after its features
-
-
 class DiscriminatorConfig(Config):
     """Of a discriminator."""
 
     player: Literal["discriminator"] = "discriminator"
     network: AnyDiscriminator
-    classifies: Classifies | None = None
+    classifies: Classifies | None = None  # a classifier of the classes of `label`, as the game `semi` has it
 
     @model_validator(mode="after")
     def _has_classes_to_tell(self) -> DiscriminatorConfig:
@@ -136,7 +130,7 @@ class DiscriminatorConfig(Config):
         network = _unnormed(self.network)
         if self.classifies is not None:
             assert self.classes is not None
-            return network.build_classifier(self.shape, self.classes, self.classifies.fake_class, self.classifies.layer)
+            return network.build_classifier(self.shape, self.classes, self.classifies)
         return network.build(self.shape, self.classes, self.conditional)
 
 

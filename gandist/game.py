@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
 from gandist.health import Symptom
+from gandist.networks import Classifies
 from gandist.networks.noise import BLOCK
 from gandist.player import Player, PlayerOptions, Remembered
 from gandist.recipe import Choice, DataOptions, Section, installed
@@ -131,8 +132,13 @@ class Game(Section):
         """How many samples of the data the initial weights depend on."""
         return 0
 
-    def start(self, players: Players, samples: Tensor) -> None:
-        """Changes initial weights by `start_samples` samples of the data, the same ones on every process."""
+    @property
+    def starts(self) -> bool:
+        """Whether initial weights wait for `start`."""
+        return self.start_samples > 0
+
+    def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
+        """Changes initial weights, on one process, by `start_samples` samples of the first part that it reads."""
 
     def symptoms(self, row: Mapping[str, float]) -> Iterator[Symptom]:
         """What a row of the log says is wrong with the game."""
@@ -157,6 +163,13 @@ class Generative(Game):
     @abstractmethod
     def classes(self, spec: Spec) -> int | None:
         """The classes that the generator is conditioned on; None where it is not."""
+
+    def inputs(self, spec: Spec, count: int, device: torch.device) -> tuple[Tensor, ...]:
+        """What the generator is called with for `count` samples: noise (count, noise) and, where it is conditional, labels."""
+        blocks = [self.latents(block, 0, device) for block in range(-(-count // BLOCK))]
+        classes = self.classes(spec)
+        labels = () if classes is None else (torch.arange(count, device=device) % classes,)
+        return torch.cat(blocks)[:count], *labels
 
     @abstractmethod
     def make(self, module: nn.Module, latents: Tensor, labels: Tensor | None) -> Tensor:
@@ -184,6 +197,14 @@ class Generative(Game):
     def samples(self, players: Players, spec: Spec, count: int, seed: int) -> Iterator[Tensor]:
         for _, made in self.made(players, spec, count, seed):
             yield made.cpu()
+
+
+class Classifying(Game):
+    """A game whose player `discriminator` is a classifier: its verdict on images has class logits, and the logit of being real."""
+
+    @abstractmethod
+    def classifies(self) -> Classifies:
+        """How that player was built for it."""
 
 
 def draws_each_step(phases: tuple[Phase, ...]) -> int:

@@ -192,12 +192,14 @@ def conditional_entropy(logits: Tensor) -> Tensor:
 
 
 def pull_away(features: Tensor) -> Tensor:
-    """The mean squared cosine of the pairs of rows of (B, F), on each process: Zhao et al. 2017, equation 4; Dai et al. 2017, section 3.1."""
-    assert len(features) > 1, "a pair needs two rows"
+    """The mean squared cosine of the pairs of rows of (B, F), on each process: Zhao et al. 2017, equation 4; Dai et al. 2017, section 3.1.
+
+    One row has no pair, and 0.
+    """
     unit = F.normalize(at_least_fp32(features), dim=1)
     cosines = (unit @ unit.T).square()
     count = len(features)
-    return (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
+    return (cosines.sum() - cosines.diagonal().sum()) / max(1, count * (count - 1))
 
 
 def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:

@@ -312,7 +312,7 @@ class Player:
     @contextmanager
     def evaluating(self, average: bool = True) -> Iterator[nn.Module]:
         """The module to judge or to use: the EMA where there is one and `average` is true, in evaluation mode, without gradients."""
-        module = self.ema if self.ema is not None and average else self.module
+        module = self.ema if self.ema is not None and average and self._average_has_begun() else self.module
         training = module.training
         module.eval()
         for layer in self._statistics:
@@ -344,6 +344,11 @@ class Player:
     def _begin_average(self) -> None:
         if self.ema is not None and self.options.ema is not None and self.options.ema.from_zero:
             torch._foreach_zero_([*self.ema.parameters()])
+
+    def _average_has_begun(self) -> bool:
+        """Whether an average from zero has had its first step; what weights of zero compute is nothing."""
+        from_zero = self.options.ema is not None and self.options.ema.from_zero
+        return not from_zero or (self.ema is not None and any(bool(p.any()) for p in self.ema.parameters()))
 
     def restart_average(self) -> None:
         """The average and the history begin again from the weights."""

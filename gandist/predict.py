@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +20,18 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gandist import checkpoint
+from gandist.check import MAX_BATCH
 from gandist.data.dataset import NAME, Dataset, Spec, write_atomically
 from gandist.data.decode import ENCODED, Pixels, decoded, label_number
 from gandist.data.opening import open_reader
 from gandist.data.read import BadSample
+from gandist.data.sources import Split
 from gandist.data.sources.open import open_source
 from gandist.data.storage import is_remote
-from gandist.data.transform import Moves, values
-from gandist.games.semi import Semi, classes_of
+from gandist.data.tar import MAX_MEMBER
+from gandist.data.transform import Moves, moves, values
+from gandist.game import Classifying
+from gandist.networks import amount, classes_of
 from gandist.networks.noise import BLOCK
 from gandist.pictures import captioned, save_png
 from gandist.player import Player
@@ -58,13 +63,15 @@ class Prediction(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One image of an input, as it is there."""
+    """One image of an input, as it is there; or what is wrong with it."""
 
     input: str
     name: str
-    suffix: str
-    data: bytes | memoryview
-    label: int | None
+    suffix: str = ""
+    data: bytes | memoryview = b""
+    label: int | None = None  # among the classes of the input
+    names: tuple[str, ...] = ()  # of these classes
+    damage: str = ""
 
 
 @dataclass
@@ -80,7 +87,7 @@ class Predictor:
 
     def __post_init__(self) -> None:
         game, players = restored(self.found, self.device)
-        if not isinstance(game, Semi):
+        if not isinstance(game, Classifying):
             raise InputError(f"{self.found.folder}: its game, {game.kind}, has no classifier to predict with")
         self.player = players["discriminator"]
         try:
@@ -90,6 +97,12 @@ class Predictor:
             raise Failure(
                 f"{self.found.folder}: its recipe is not one of this version: `data.transform`: {error}"
             ) from None
+
+        needed = BLOCK * prod(self.spec.shape) * 4
+        if needed > MAX_BATCH:
+            raise Failure(
+                f"{self.found.folder}: {BLOCK} images of its size, {amount(self.spec.shape)}, are {needed / 2**30:.0f} GiB"
+            )
 
     @property
     def spec(self) -> Spec:
@@ -114,10 +127,10 @@ class Predictor:
             if pixels.shape[2] != 1:
                 raise ValueError(f"has {pixels.shape[2]} channels, and the run was trained on {wanted.channels}")
             pixels = np.broadcast_to(pixels, (*pixels.shape[:2], wanted.channels))
-        if pixels.shape[:2] != (wanted.height, wanted.width):
-            place = np.zeros(1, np.uint64)
+        if moves(self.transform):
             with suppress(ValueError):  # smaller than the crop of training: it is resized below
-                pixels = Moves.draw(self.transform, place, 0, "predict").apply(self.transform, 0, pixels)
+                still = Moves.draw(self.transform, np.zeros(1, np.uint64), 0, "predict")
+                pixels = still.apply(self.transform, 0, pixels)
         if pixels.shape[:2] != (wanted.height, wanted.width):
             if wanted.channels not in (1, 3):
                 raise ValueError(
@@ -135,6 +148,8 @@ class Predictor:
         rows: list[Pixels] = []
         for image in images:
             try:
+                if image.damage:
+                    raise ValueError(image.damage)
                 rows.append(self.pixels(image))
             except ValueError as error:
                 message = f"{image.input}: {image.name!r} {error}"
@@ -163,42 +178,76 @@ class Predictor:
                 probabilities = classes_of(verdict).float().softmax(1).cpu().tolist()
                 fakes = torch.sigmoid(-verdict.logits.float()).cpu().tolist()  # 1 − D(x)
                 for row, (image, sample) in enumerate(zip(images, samples, strict=True)):
-                    yield Prediction(image.input, image.name, image.label, probabilities[row], fakes[row]), sample
+                    label = self.label(image)
+                    # A view would keep its whole block.
+                    yield Prediction(image.input, image.name, label, probabilities[row], fakes[row]), sample.clone()
+
+    def label(self, image: Found) -> int | None:
+        """The label of an image among the classes of training: by name where its input names classes, else by number."""
+        if image.label is None:
+            return None
+        if image.names:
+            name = image.names[image.label] if image.label < len(image.names) else None
+            return self.names.index(name) if name in self.names else None
+        return image.label if image.label < len(self.names) else None
 
 
 def images_of(inputs: list[str], scratch: Path) -> Iterator[Found]:
-    """The images of folders, archives, arrays, packed datasets and single files; raises InputError, and ValueError for a damaged one."""
+    """The images of folders, archives, arrays, shards, packed datasets and single files; raises InputError where there are none."""
     for place in inputs:
         path = Path(place)
         if not is_remote(place) and path.is_file() and path.suffix[1:].lower() in ENCODED:
-            yield Found(str(path.parent), path.name, path.suffix[1:].lower(), path.read_bytes(), None)
-        elif is_remote(place) or (path / NAME).exists():
+            yield _file(path)
+        elif (is_remote(place) and not place.endswith((".tar", "}"))) or (
+            not is_remote(place) and (path / NAME).exists()
+        ):
             yield from _packed(place)
         else:
             source = open_source(place, scratch=scratch)
             for split, found in source.splits.items():
                 for number in range(found.samples):
-                    item = found.read(number)
-                    image = next((suffix for suffix in item.members if suffix in ENCODED or suffix == "npy"), None)
-                    if image is None:
-                        raise InputError(f"{place}: holds no images")
-                    label = label_number(item.members["cls"]) if "cls" in item.members else None
-                    yield Found(place, item.name or f"{split}/{number}", image, item.members[image], label)
+                    yield _item(place, found, number, f"{split}/{number}", source.names)
+
+
+def _file(path: Path) -> Found:
+    size = path.stat().st_size
+    damage = f"has {size} bytes; the limit is {MAX_MEMBER}" if size > MAX_MEMBER else ""
+    return Found(
+        str(path.parent), path.name, path.suffix[1:].lower(), b"" if damage else path.read_bytes(), damage=damage
+    )
+
+
+def _item(place: str, split: Split, number: int, name: str, names: tuple[str, ...]) -> Found:
+    try:
+        item = split.read(number)
+        image = next((suffix for suffix in item.members if suffix in ENCODED or suffix == "npy"), None)
+        if image is None:
+            raise InputError(f"{place}: holds no images")
+        label = label_number(item.members["cls"]) if "cls" in item.members else None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        return Found(place, name, damage=str(error))
+    return Found(place, item.name or name, image, item.members[image], label, names)
 
 
 def _packed(place: str) -> Iterator[Found]:
-    for split in Dataset(place).manifest.splits:
+    dataset = Dataset(place)
+    if dataset.manifest.image is None:
+        raise InputError(f"{place}: holds no images")
+    names = dataset.manifest.label.names if dataset.manifest.label is not None else ()
+    for split in dataset.manifest.splits:
         reader = open_reader(DataOptions(path=place, split=split))
         try:
             for number in range(len(reader)):
+                name = f"{split}/{number}"
                 try:
+                    name = f"{split}/{reader.key(number)}"
                     members = reader.uncached().members(number)
-                except BadSample as error:
-                    raise Failure(str(error)) from None
-                if "image" not in members:
-                    raise InputError(f"{place}: holds no images")
-                label = label_number(members["label"][1]) if "label" in members else None
-                yield Found(place, f"{split}/{reader.key(number)}", *members["image"], label)
+                    label = label_number(members["label"][1]) if "label" in members else None
+                    yield Found(place, name, *members["image"], label, names)
+                except (BadSample, ValueError, KeyError) as error:
+                    yield Found(place, name, damage=str(error))
         finally:
             reader.close()
 
@@ -218,45 +267,47 @@ def write_predictions(
     done = wrong = labelled = 0
     counts = [0] * len(names)
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            for one, sample in predictor.predictions(predictor.blocks(images_of(inputs, Path(scratch)))):
-                known = "" if one.label is None else str(one.label)
-                numbers = [f"{value:.6g}" for value in (one.probability, one.fake)]
-                row = [one.input, one.name, str(one.answer), names[one.answer], *numbers, known]
-                writer.writerow([*row, *(f"{p:.6g}" for p in one.probabilities)])
-                done += 1
-                counts[one.answer] += 1
-                if one.label is not None:
-                    labelled, wrong = labelled + 1, wrong + (one.label != one.answer)
-                for kept, key in ((unsure, one.probability), (unlike, -one.fake)):
-                    kept.append((key, one, sample))
-                    if len(kept) >= 4 * SHOWN:
-                        kept.sort(key=lambda entry: entry[0])
-                        del kept[SHOWN:]
-                progress(done, 0)
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise Failure(f"an input is damaged: {error}") from None
+        for one, sample in predictor.predictions(predictor.blocks(images_of(inputs, Path(scratch)))):
+            known = "" if one.label is None else str(one.label)
+            numbers = [f"{value:.6g}" for value in (one.probability, one.fake)]
+            row = [one.input, one.name, str(one.answer), names[one.answer], *numbers, known]
+            writer.writerow([*row, *(f"{p:.6g}" for p in one.probabilities)])
+            done += 1
+            counts[one.answer] += 1
+            if one.label is not None:
+                labelled, wrong = labelled + 1, wrong + (one.label != one.answer)
+            for kept, key in ((unsure, one.probability), (unlike, -one.fake)):
+                kept.append((key, one, sample))
+                if len(kept) >= 4 * SHOWN:
+                    kept.sort(key=lambda entry: entry[0])
+                    del kept[SHOWN:]
+            progress(done, 0)
     if not done:
         raise InputError(
             f"{', '.join(inputs)}: no image of it can be read"
             + (f": {predictor.passed_over[0]}" if predictor.passed_over else "")
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "predictions.csv", text.getvalue().encode())
+    write_atomically(out / "predictions.csv", text.getvalue().encode(errors="backslashreplace"))
     for name, kept in (("least_certain", unsure), ("likeliest_fakes", unlike)):
         kept.sort(key=lambda entry: entry[0])
         shown = kept[:SHOWN]
-        captions = [f"{names[one.answer]} {one.probability:.2f}\nfake {one.fake:.2f}" for _, one, _ in shown]
+        captions = [f"{_plain(names[one.answer])} {one.probability:.2f}\nfake {one.fake:.2f}" for _, one, _ in shown]
         save_png(captioned(torch.stack([sample for *_, sample in shown]), captions), out / f"{name}.png")
     if predictor.passed_over:
-        yield f"{len(predictor.passed_over)} damaged images passed over, the first: {predictor.passed_over[0]}"
+        count = len(predictor.passed_over)
+        yield f"{count} damaged image{'s' * (count > 1)} passed over, the first: {predictor.passed_over[0]}"
     if predictor.fitted:
         image = predictor.spec.image
         assert image is not None
-        yield f"{predictor.fitted:,} images were cut to the shape of training and resized to {image.width}×{image.height}"
+        few = "image was" if predictor.fitted == 1 else "images were"
+        yield f"{predictor.fitted:,} {few} cut to the shape of training and resized to {image.width}×{image.height}"
     yield "by class: " + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
     if labelled:
         yield f"{wrong:,} of {labelled:,} labels differ ({wrong / labelled:.2%})"
     yield f"{done:,} images: {out / 'predictions.csv'}, {out / 'least_certain.png'}, {out / 'likeliest_fakes.png'}"
+
+
+def _plain(name: str) -> str:
+    """A stranger's name for a class, as far as every font has its letters."""
+    return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in name)

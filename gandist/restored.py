@@ -34,7 +34,7 @@ def restored(found: checkpoint.Checkpoint, device: torch.device) -> tuple[Game, 
     players = {}
     for name, side in game.sides(found.state.spec).items():
         with torch.device("meta"):  # a checkpoint cannot ask for more memory than its own file has
-            needed = sum(p.numel() * p.element_size() for p in side.build().parameters())
+            needed = sum(p.numel() * p.element_size() for p in side.build().state_dict().values())
         if needed > found.files.get(f"{name}.safetensors", NO_FILE).bytes:
             raise Failure(f"{found.folder}: its recipe describes a larger {name} than the one it holds")
         player = players[name] = Player(

@@ -23,7 +23,7 @@ from gandist import checkpoint
 from gandist.data.dataset import Spec
 from gandist.data.leaks import refuse_leaks
 from gandist.data.opening import data_digest, data_spec, open_batches
-from gandist.data.stream import Fault, Share, Stream
+from gandist.data.stream import PARTS, Fault, Share, Stream
 from gandist.evaluations import channels, in_words, write_evaluation
 from gandist.game import Clock, Evaluator, Game, Generative, draws, draws_each_step
 from gandist.health import Health
@@ -96,7 +96,7 @@ class Run:
             self._resume()
         elif init_from is not None:
             self._start_from()
-        elif self.game.start_samples:
+        elif self.game.starts:
             self._start_from_data()
         self.resumed_step = self.clock.step if resuming else -1
         share = Share(
@@ -282,9 +282,12 @@ class Run:
             player.restart_average()
 
     def _some_samples(self, count: int) -> Tensor:
-        """So many samples of the data, or all where it has fewer, on the CPU; one process asks for them alone."""
-        count = min(count, self.spec.samples or self.recipe.run.batch)
-        share = Share(self.game.parts(self.spec)[:1], count, self.recipe.run.seed, torch.device("cpu"))
+        """So many samples of the first part that the game reads, or all where there are fewer, on the CPU; one process asks for them alone."""
+        part, data = self.game.parts(self.spec)[0], self.recipe.data
+        if PARTS[part].view != "labelled":  # of the whole split
+            data = data.model_copy(update={"subset": None})
+        count = min(count, data_spec(data, self.allow_pipe).samples or self.recipe.run.batch)
+        share = Share((part,), count, self.recipe.run.seed, torch.device("cpu"))
         stream = open_batches(self.recipe.data, share, self.allow_pipe)
         try:
             for fault in stream.ready([0]):
@@ -299,7 +302,10 @@ class Run:
         """Initial weights that depend on the data: rank 0 reads it, and the others get what it made of it."""
 
         def start() -> int:
-            self.game.start(self.players, self._some_samples(self.game.start_samples))
+            wanted = self.game.start_samples
+            samples = self._some_samples(wanted) if wanted else torch.empty(0)
+            torch.manual_seed(derive(self.recipe.run.seed, "start"))
+            self.game.start(self.players, self.spec, samples)
             return 0
 
         self.world.lead(start)

@@ -237,8 +237,11 @@ def test_minibatch_discrimination_is_its_sum_over_the_other_rows() -> None:
     layer = MinibatchDiscrimination(6, MinibatchOptions(kernels=3, dimensions=4))
     nn.init.normal_(layer.bias)
     features = torch.randn(5, 6)
+    nn.init.normal_(layer.log_scale)
     made = layer(features)
-    matrices = (features @ layer.project.weight.T).view(5, 3, 4)
+    theta = layer.project.weight.view(3, 4, 6)
+    t = theta / theta.norm(dim=2, keepdim=True) * layer.log_scale.exp()[:, :, None]
+    matrices = torch.einsum("bf,kdf->bkd", features, t)
     for i, kernel in itertools.product(range(5), range(3)):
         near = sum(torch.exp(-(matrices[i, kernel] - matrices[j, kernel]).abs().sum()) for j in range(5) if j != i)
         torch.testing.assert_close(made[i, 6 + kernel], near + layer.bias[kernel])

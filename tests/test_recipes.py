@@ -38,8 +38,9 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, fashion: Path) -> Callabl
             packed(folder / "strings.csv", folder / name)
             return folder / name
         if name in ("cifar10", "svhn"):
-            images, labels = source.integers(0, 256, (200, 32, 32, 3), np.uint8), np.arange(200) % 10
-            np.savez(folder / f"{name}.npz", x_train=images, y_train=labels, x_test=images[::-1], y_test=labels[::-1])
+            images, labels = source.integers(0, 256, (240, 32, 32, 3), np.uint8), np.arange(240) % 10
+            parts = {"x_train": images[:200], "y_train": labels[:200], "x_test": images[200:], "y_test": labels[200:]}
+            np.savez(folder / f"{name}.npz", **parts)
             packed(folder / f"{name}.npz", folder / name)
             return folder / name
         if values is None:

@@ -20,8 +20,9 @@ from gandist.games.regularisers import Regularisers, See, Shown, as_it_is
 from gandist.games.scores import GeneratorScores, ScoreOptions
 from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL
-from gandist.networks import AnyDiscriminator, AnyGenerator, Conditioning, Judged
+from gandist.networks import AnyDiscriminator, AnyGenerator, Conditioning, Judged, classes_of
 from gandist.networks.noise import SPREAD, Distribution, Noise, Width
+from gandist.networks.starting import MAX_REFERENCE, START
 from gandist.player import EmaOptions, Memory, Player, PlayerOptions, Remembered
 from gandist.recipe import Choice, DataOptions, Section, harmless
 
@@ -111,6 +112,11 @@ class Gan(Generative):
                 ("augment",),
                 f"ada reads how often real samples are judged real, which a logit of the loss `{self.loss}` does not say; set `augment.p`",
             )
+        if self.generator.ema is not None and self.generator.ema.from_zero:
+            yield (
+                ("generator", "ema", "from_zero"),
+                "is for an average that is tested late; samples of weights near zero are none",
+            )
         if not self.scores.average and self.generator.ema is None:
             yield (
                 ("scores", "average"),
@@ -198,9 +204,15 @@ class Gan(Generative):
     def start_samples(self) -> int:
         return max(self.generator.network.start_samples, self.discriminator.network.start_samples)
 
-    def start(self, players: Players, samples: Tensor) -> None:
-        samples = samples.to(players["generator"].device)
-        self.generator.network.start(players["generator"].module, samples)
+    @property
+    def starts(self) -> bool:
+        return self.generator.network.starts or self.start_samples > 0
+
+    def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
+        device = players["generator"].device
+        samples = samples.to(device)
+        inputs = self.inputs(spec, START + MAX_REFERENCE, device)
+        self.generator.network.start(players["generator"].module, samples, inputs)
         labels = samples.new_zeros(len(samples), dtype=torch.int64) if self.conditional is not None else None
         self.discriminator.network.start(players["discriminator"].module, samples, labels)
 
@@ -346,12 +358,6 @@ def judge(discriminator: Player, real: Tensor, fake: Tensor, labels: Tensor | No
         Judged(both.logits[:count], both.features[:count], None if classes is None else classes[:count]),
         Judged(both.logits[count:], both.features[count:], None if classes is None else classes[count:]),
     )
-
-
-def classes_of(verdict: Judged) -> Tensor:
-    """The class logits of a discriminator with an auxiliary classifier."""
-    assert verdict.classes is not None
-    return verdict.classes
 
 
 def _made(generator: Player, noise: Tensor, labels: Tensor | None) -> Tensor:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
-from gandist.game import Clock, Generative, Phase, Players, Side
+from gandist.game import Classifying, Clock, Generative, Phase, Players, Side
 from gandist.games.classification import Classification, ClassificationOptions
 from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL, conditional_entropy, divergence, feature_matching, pseudo_labels, pull_away
-from gandist.networks import AnyDiscriminator, AnyGenerator, Judged
+from gandist.networks import AnyDiscriminator, AnyGenerator, Classifies, Judged, classes_of
 from gandist.networks.noise import SPREAD, Distribution, Noise, Width
+from gandist.networks.starting import MAX_REFERENCE, START
 from gandist.player import EmaOptions, Player, PlayerOptions
 from gandist.recipe import DataOptions, Section, harmless
 
@@ -43,7 +44,7 @@ class DiscriminatorSide(PlayerOptions):
 class FeatureMatching(Section):
     """‖E f(x) − E f(G(z))‖ over the batch of all processes (section 3.1), as `l2` (mean square) or `l1` (mean absolute difference).
 
-    f is what the class logits are read from, or, with `layer`, what so many parts of the discriminator before that give.
+    f is what the trunk of the discriminator gives, or, with `layer`, what so many of its parts before its last give.
     """
 
     weight: Weight = 1.0
@@ -71,10 +72,11 @@ class VirtualAdversarial(Section):
     iterations: Annotated[int, Field(ge=1, le=10)] = 1
 
 
-class Semi(Generative):
+class Semi(Generative, Classifying):
     """Each step: D on labelled, unlabelled and generated rows, then G on features of another order of the unlabelled ones.
 
-    With `supervised_only` D learns from the labelled rows alone: what the same labels give without the game.
+    With `supervised_only` D learns from the labelled rows alone: what the same labels give without the game. All other keys may stay
+    as they are then, without effect, and unlabelled rows start its weights as before: so the baseline is the recipe with one switch.
     """
 
     kind: Literal["semi"]
@@ -128,6 +130,11 @@ class Semi(Generative):
                     ("feature_matching", "layer"),
                     f"{self.feature_matching.layer} lies before the first of the {parts} parts of the discriminator",
                 )
+        if self.generator.ema is not None and self.generator.ema.from_zero:
+            yield (
+                ("generator", "ema", "from_zero"),
+                "is for an average that is tested late; samples of weights near zero are none",
+            )
         if not self.scores.average and self.discriminator.ema is None:
             yield (
                 ("scores", "average"),
@@ -149,10 +156,7 @@ class Semi(Generative):
 
     def sides(self, spec: Spec) -> dict[str, Side]:
         assert spec.label is not None
-        layer = self.feature_matching.layer if self.feature_matching is not None else 0
-        judge = partial(
-            self.discriminator.network.build_classifier, spec.shape, spec.label.classes, self.fake_class == "learned", layer
-        )  # fmt: skip
+        judge = partial(self.discriminator.network.build_classifier, spec.shape, spec.label.classes, self.classifies())
         make = partial(self.generator.network.build, self.noise, spec.shape, self.classes(spec))
         return {"generator": Side(self.generator, make), "discriminator": Side(self.discriminator, judge)}
 
@@ -163,6 +167,10 @@ class Semi(Generative):
             "discriminator": (torch.zeros(2, *spec.shape),),
         }
 
+    def classifies(self) -> Classifies:
+        layer = self.feature_matching.layer if self.feature_matching is not None else 0
+        return Classifies(fake_class=self.fake_class == "learned", layer=layer)
+
     def classes(self, spec: Spec) -> int | None:
         """The classes that the generator is conditioned on; None where it is not."""
         return spec.label.classes if self.conditional and spec.label is not None else None
@@ -171,9 +179,15 @@ class Semi(Generative):
     def start_samples(self) -> int:
         return max(self.generator.network.start_samples, self.discriminator.network.start_samples)
 
-    def start(self, players: Players, samples: Tensor) -> None:
-        samples = samples.to(players["generator"].device)
-        self.generator.network.start(players["generator"].module, samples)
+    @property
+    def starts(self) -> bool:
+        return self.generator.network.starts or self.start_samples > 0
+
+    def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
+        device = players["generator"].device
+        samples = samples.to(device)
+        inputs = self.inputs(spec, START + MAX_REFERENCE, device)
+        self.generator.network.start(players["generator"].module, samples, inputs)
         self.discriminator.network.start(players["discriminator"].module, samples)
 
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> Classification:
@@ -302,12 +316,6 @@ def judge(discriminator: Player, *samples: Tensor) -> list[Judged]:
     count = len(samples)
     pieces = [part.chunk(count) for part in (all_of_them.logits, all_of_them.features, classes_of(all_of_them))]
     return [Judged(*(piece[place] for piece in pieces)) for place in range(count)]
-
-
-def classes_of(verdict: Judged) -> Tensor:
-    """The class logits (B, K) of a classifier."""
-    assert verdict.classes is not None
-    return verdict.classes
 
 
 def virtual_adversarial(player: Player, rows: Tensor, noise: Tensor, options: VirtualAdversarial) -> Tensor:

@@ -11,6 +11,7 @@ from pydantic import SerializeAsAny, WrapValidator
 from torch import Tensor, nn
 
 from gandist.networks.heads import (
+    Classifies,
     Conditioned,
     Conditioning,
     Head,
@@ -19,14 +20,15 @@ from gandist.networks.heads import (
     MinibatchDiscrimination,
     MinibatchOptions,
     Recogniser,
+    classes_of,
     normalise_spectra,
 )
-from gandist.networks.starting import start_by
+from gandist.networks.starting import MAX_VALUES, START, start_by
 from gandist.recipe import Choice, Section, installed
 
 __all__ = [
-    "AnyDiscriminator", "AnyGenerator", "Conditioned", "Conditioning", "DiscriminatorOptions", "GeneratorOptions", "Judged",
-    "Shape", "amount",
+    "AnyDiscriminator", "AnyGenerator", "Classifies", "Conditioned", "Conditioning", "DiscriminatorOptions", "GeneratorOptions", "Judged",
+    "Shape", "amount", "classes_of",
 ]  # fmt: skip
 
 Shape = tuple[int, ...]  # of one sample: (C, H, W) of an image, (C, L) of a signal
@@ -59,8 +61,14 @@ class GeneratorOptions(Section):
         """How many samples of the data its initial weights depend on."""
         return 0
 
-    def start(self, module: nn.Module, samples: Tensor) -> None:
-        """Changes initial weights by the data: `start_samples` samples (N, *shape) of it, the same ones on every process."""
+    @property
+    def starts(self) -> bool:
+        """Whether its initial weights wait for `start`."""
+        return self.start_samples > 0
+
+    def start(self, module: nn.Module, samples: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        """Changes initial weights, on one process, by `start_samples` samples (N, *shape) of the data, or by `inputs` as the module takes
+        them: noise (START, noise) and, where it is conditional, labels."""
 
     def faults(self, shape: Shape) -> Iterator[str]:
         """Why it cannot make such samples."""
@@ -86,13 +94,13 @@ class DiscriminatorOptions(Section):
             normalise_spectra(judge)
         return judge
 
-    def build_classifier(self, shape: Shape, classes: int, fake_class: bool = False, layer: int = 0) -> nn.Module:
-        """The module as a classifier of K classes, or K and one of fakes, with its initial weights, likewise."""
+    def build_classifier(self, shape: Shape, classes: int, options: Classifies) -> nn.Module:
+        """The module as a classifier of K classes, with its initial weights, likewise."""
         trunk, features = self.trunk(shape)
         minibatch = MinibatchDiscrimination(features, self.minibatch) if self.minibatch is not None else None
         features += self.minibatch.kernels if self.minibatch is not None else 0
-        outputs = self.outputs(features, classes + fake_class)
-        judge = Recogniser(trunk, outputs, classes, minibatch, layer)
+        outputs = self.outputs(features, classes + options.fake_class)
+        judge = Recogniser(trunk, outputs, classes, minibatch, options.layer)
         if self.spectral_norm:
             normalise_spectra(judge)
         return judge
@@ -111,12 +119,13 @@ class DiscriminatorOptions(Section):
     @property
     def start_samples(self) -> int:
         """How many samples of the data its initial weights depend on."""
-        return 500 if self.minibatch is not None else 0
+        return START if self.minibatch is not None else 0
 
     def start(self, module: nn.Module, samples: Tensor, labels: Tensor | None = None) -> None:
-        """Changes initial weights by the data: `start_samples` samples (N, *shape) of it, the same ones on every process."""
+        """Changes initial weights, on one process, by samples (N, *shape) of the data; `labels` (N,) where it is called with some."""
         if self.start_samples:
-            start_by(module, samples[: self.start_samples], None if labels is None else labels[: self.start_samples])
+            count = max(2, min(self.start_samples, MAX_VALUES // samples[0].numel()))
+            start_by(module, samples[:count], *(() if labels is None else (labels[:count],)))
 
     @abstractmethod
     def trunk(self, shape: Shape) -> tuple[nn.Module, int]:

@@ -27,6 +27,21 @@ class Judged(NamedTuple):
     classes: Tensor | None = None
 
 
+def classes_of(verdict: Judged) -> Tensor:
+    """The class logits (B, K) of a discriminator that classifies."""
+    assert verdict.classes is not None
+    return verdict.classes
+
+
+class Classifies(Section):
+    """What makes a discriminator a classifier."""
+
+    fake_class: bool = False  # an output for fakes beside those of the classes
+    layer: Annotated[int, Field(ge=0, le=64)] = (
+        0  # parts of the trunk between the features that it shows and the outputs
+    )
+
+
 class MinibatchOptions(Section):
     """Minibatch discrimination (Salimans et al. 2016, section 3.2): how many kernels, of how many dimensions."""
 
@@ -81,29 +96,31 @@ class MinibatchDiscrimination(Measuring):
         if self.measures:
             return self.measure(features)
         many = self.training and dist.is_initialized() and dist.get_world_size() > 1
-        near = torch.exp(-self._distances(self._matrices(features), gather=many)).sum(1) - 1
+        near = torch.exp(-self._distances(self._matrices(features), gather=many)).sum(2).T - 1
         return torch.cat([features, (near + self.bias).to(features.dtype)], dim=1)
 
     def measure(self, features: Tensor) -> Tensor:
         distances = self._distances(self._matrices(features))
-        distances.diagonal(dim1=0, dim2=1).fill_(float("inf"))
-        half = 0.5 * distances.amin(1).mean(0)  # (kernels,)
-        self.log_scale.sub_(half.clamp_min(1e-8).log()[:, None])
-        near = torch.exp(-distances / half.clamp_min(1e-8)).sum(1)
+        distances.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+        half = (0.5 * distances.amin(2).mean(1)).clamp_min(1e-8)  # (kernels,)
+        self.log_scale.sub_(half.log()[:, None])
+        near = torch.exp(-distances / half[:, None, None]).sum(2).T
         self.bias.copy_(-near.mean(0))
         return torch.cat([features, (near + self.bias).to(features.dtype)], dim=1)
 
     def _matrices(self, features: Tensor) -> Tensor:
-        """M (B, kernels, dimensions)."""
+        """M (kernels, B, dimensions)."""
         length = self.project.weight.square().sum(1).add(1e-12).sqrt()
         scaled = self.project(features).float() * (self.log_scale.exp().flatten() / length)
-        matrices: Tensor = rearrange(scaled, "b (k d) -> b k d", k=self.options.kernels)
+        matrices: Tensor = rearrange(scaled, "b (k d) -> k b d", k=self.options.kernels)
         return matrices
 
     def _distances(self, matrices: Tensor, gather: bool = False) -> Tensor:
-        """(B, all rows, kernels)."""
-        others = rows_of_all_ranks(matrices) if gather else matrices
-        return (matrices[:, None] - others[None]).abs().sum(3)
+        """(kernels, B, all rows)."""
+        others = matrices
+        if gather:
+            others = rearrange(rows_of_all_ranks(rearrange(matrices, "k b d -> b k d")), "b k d -> k b d")
+        return torch.cdist(matrices, others, p=1.0)
 
 
 class Head(nn.Module):
@@ -157,7 +174,7 @@ class Recogniser(nn.Module):
     """
 
     def __init__(
-        self, trunk: nn.Module, outputs: nn.Module, classes: int, minibatch: nn.Module | None = None, layer: int = 0
+        self, trunk: nn.Module, outputs: nn.Module, classes: int, minibatch: nn.Module | None, layer: int
     ) -> None:
         super().__init__()
         self.trunk, self.outputs, self.classes, self.layer = trunk, outputs, classes, layer

@@ -107,7 +107,7 @@ class Generator(GeneratorOptions):
     def start_samples(self) -> int:
         return 10_000 if self.marginal_bias else 0
 
-    def start(self, module: nn.Module, samples: Tensor) -> None:
+    def start(self, module: nn.Module, samples: Tensor, inputs: tuple[Tensor, ...]) -> None:
         """Pixels of 0 or 1 alone get a bias within ± logit(1e-7)."""
         means = ((samples.double().mean(0).flatten() + 1) / 2).clamp(1e-7, 1 - 1e-7)
         last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]

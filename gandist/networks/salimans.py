@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import Annotated, ClassVar, Literal
 
@@ -14,12 +15,10 @@ from torch import Tensor, nn
 from gandist.losses import at_least_fp32, mean_over_ranks
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape
 from gandist.networks.mlp import Depth, Fold, Rate, Unfold, Width
-from gandist.networks.noise import SPREAD
 from gandist.networks.resampling import Crop, divided
-from gandist.networks.starting import Normed, start_by
+from gandist.networks.starting import MAX_REFERENCE, START, Normed, start_by
 from gandist.networks.virtual import VirtualBatchNorm, WithReference
 
-START = 500  # samples that set the first gains and biases
 Deviation = Annotated[float, Field(ge=0, le=10)]
 Norm = Literal["batch", "virtual"]
 
@@ -51,6 +50,8 @@ class Squash(nn.Module):
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation without a gain, by the whole batch of all processes; running statistics for evaluation."""
 
+    measures = False  # while one process lets its weights start, there are no others to wait for
+
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6, affine=False)
         self.shift = nn.Parameter(torch.zeros(channels))
@@ -60,14 +61,14 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, values: Tensor) -> Tensor:
         axes = (-1, *[1] * (values.ndim - 2))
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if self.measures or not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             # Of running statistics for evaluation, or of those of the turn's own batch, as the superclass decides.
             normed: Tensor = super().forward(values)
             return normed + self.shift.view(axes)
         values = values.float()
         others = [axis for axis in range(values.ndim) if axis != 1]
         mean, square = mean_over_ranks(torch.stack([values.mean(others), values.square().mean(others)]))
-        variance = square - mean.square()
+        variance = (square - mean.square()).clamp_min(0)
         if self.track_running_stats:
             with torch.no_grad():
                 assert self.running_mean is not None
@@ -105,9 +106,15 @@ class MlpGenerator(GeneratorOptions):
         last = nn.Linear(self.width, prod(shape), bias=False)
         return nn.Sequential(
             *layers,
-            Normed(last, deviation=0.05, learns_gain=True),
+            self._last(last),
             Unfold(shape, "sigmoid"),
         )
+
+    @staticmethod
+    def _last(linear: nn.Linear) -> nn.Module:
+        normed = Normed(linear, deviation=0.05, learns_gain=True)
+        nn.init.xavier_uniform_(linear.weight)
+        return normed
 
 
 class MlpDiscriminator(DiscriminatorOptions):
@@ -131,6 +138,9 @@ class MlpDiscriminator(DiscriminatorOptions):
             blocks.append(nn.Sequential(*_noise(noise), normed, nn.ReLU(inplace=True)))
         return nn.Sequential(*blocks), self.widths[-1]
 
+    def faults(self, shape: Shape) -> Iterator[str]:
+        yield from [*super().faults(shape), *_no_spectral_norm(self)]
+
     def outputs(self, features: int, count: int) -> nn.Module:
         last = nn.Linear(features, count, bias=False)
         return nn.Sequential(*_noise(self.hidden_noise), Normed(last, deviation=0.1, learns_gain=True))
@@ -149,7 +159,7 @@ class ConvGenerator(GeneratorOptions):
     kind: Literal["salimans_conv"]
     width: Annotated[int, Field(ge=4, le=8192)] = 512  # channels of 4×4 pixels; halved with each doubling of the size
     norm: Norm = "batch"
-    reference: Annotated[int, Field(ge=2, le=1024)] = 100  # rows of the batch of virtual batch norm
+    reference: Annotated[int, Field(ge=2, le=MAX_REFERENCE)] = 100  # rows of the batch of virtual batch norm
     smallest: ClassVar[int] = 8
 
     @model_validator(mode="after")
@@ -165,8 +175,15 @@ class ConvGenerator(GeneratorOptions):
         return "norm: batch" if self.norm == "batch" else None
 
     @property
-    def start_samples(self) -> int:
-        return START
+    def starts(self) -> bool:
+        return True
+
+    def build(self, noise: int, shape: Shape, classes: int | None = None) -> nn.Module:
+        built = super().build(noise, shape, classes)
+        if self.norm == "batch":
+            return built
+        labels = torch.arange(self.reference) % classes if classes is not None else None
+        return WithReference(built, torch.zeros(self.reference, noise), labels)  # `start` draws it
 
     def module(self, noise: int, shape: Shape) -> nn.Module:
         height, width = divided(shape[1], 8), divided(shape[2], 8)
@@ -190,20 +207,17 @@ class ConvGenerator(GeneratorOptions):
             Squash(),
             Crop(shape[1], shape[2]),
         ]
-        built = nn.Sequential(*layers)
-        if self.norm == "batch":
-            return built
-        return WithReference(built, (2 * torch.rand(self.reference, noise) - 1) * SPREAD)
+        return nn.Sequential(*layers)
 
     def _normed(self, channels: int) -> nn.Module:
         return BatchNorm(channels) if self.norm == "batch" else VirtualBatchNorm(channels)
 
-    def start(self, module: nn.Module, samples: Tensor) -> None:
-        """By samples of its own: the last layer begins with a deviation of 0.1 before its tanh."""
-        first = next(layer for layer in module.modules() if isinstance(layer, nn.Linear))
-        noise = (2 * torch.rand(START, first.in_features, device=first.weight.device) - 1) * SPREAD
+    def start(self, module: nn.Module, samples: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        """By noise: the reference batch is its last rows, and the last layer begins with a deviation of 0.1 before its tanh."""
+        if isinstance(module, WithReference):
+            module.noise.copy_(inputs[0][-self.reference :])
         kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        start_by(module, noise)
+        start_by(module, *(part[:START] for part in inputs))
         for name, buffer in module.named_buffers():
             buffer.copy_(kept[name])
 
@@ -241,6 +255,9 @@ class ConvDiscriminator(DiscriminatorOptions):
         ]  # fmt: skip
         return nn.Sequential(*blocks), two
 
+    def faults(self, shape: Shape) -> Iterator[str]:
+        yield from [*super().faults(shape), *_no_spectral_norm(self)]
+
     def outputs(self, features: int, count: int) -> nn.Module:
         last = nn.Linear(features, count, bias=False)
         return Normed(last, deviation=0.05, learns_gain=True, starts_at=0.1)
@@ -248,6 +265,11 @@ class ConvDiscriminator(DiscriminatorOptions):
     @property
     def start_samples(self) -> int:
         return START
+
+
+def _no_spectral_norm(options: DiscriminatorOptions) -> Iterator[str]:
+    if options.spectral_norm:
+        yield f"`spectral_norm` has no effect on `{options.kind}`, whose weights have the length of their gains; leave it out"
 
 
 def _noise(deviation: float) -> list[nn.Module]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+START = 500  # samples that are measured
+MAX_REFERENCE = 1024  # rows of the fixed batch of virtual batch norm, which come after them
+MAX_VALUES = 1 << 23  # of them together: 500 of 3×32×32 are well below, and of 3×256×256 it is 42
 
 
 class Measuring(nn.Module):
@@ -20,16 +25,19 @@ class Measuring(nn.Module):
         """The output for a batch, after scale and bias were set by it."""
 
 
-def start_by(module: nn.Module, *inputs: Tensor | None) -> None:
-    """Lets every measuring layer of a module set itself by one batch, each one after those before it, with hidden noise on."""
-    layers = [layer for layer in module.modules() if isinstance(layer, Measuring)]
+def start_by(module: nn.Module, *inputs: Tensor) -> None:
+    """Lets every measuring layer of a module set itself by one batch, each one after those before it, with hidden noise on.
+
+    One process does so alone: layers that look at the rows of all processes look at its own while `measures` is true.
+    """
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "measures")]
     training = module.training
     module.train()
     for layer in layers:
         layer.measures = True
     try:
         with torch.no_grad():
-            module(*(given for given in inputs if given is not None))
+            module(*inputs)
     finally:
         for layer in layers:
             layer.measures = False

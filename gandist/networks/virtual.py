@@ -34,18 +34,27 @@ class VirtualBatchNorm(nn.Module):
 
 
 class WithReference(nn.Module):
-    """A module of rows that sends a fixed batch (N, …) ahead of each batch, for the virtual batch norm in it."""
+    """A module of rows that sends a fixed batch ahead of each batch, for the virtual batch norm in it.
 
-    reference: Tensor
+    The batch is noise (N, noise) and, where the module takes them, labels (N,).
+    """
 
-    def __init__(self, module: nn.Module, reference: Tensor) -> None:
+    noise: Tensor
+    labels: Tensor
+
+    def __init__(self, module: nn.Module, noise: Tensor, labels: Tensor | None = None) -> None:
         super().__init__()
         self.module = module
-        self.register_buffer("reference", reference)
+        self.register_buffer("noise", noise)
+        if labels is not None:
+            self.register_buffer("labels", labels)
         for layer in module.modules():
             if isinstance(layer, VirtualBatchNorm):
-                layer.reference = len(reference)
+                layer.reference = len(noise)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        made: Tensor = self.module(torch.cat([self.reference.to(rows.dtype), rows]))
-        return made[len(self.reference) :]
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        rows = [torch.cat([self.noise.to(noise.dtype), noise])]
+        if labels is not None:
+            rows.append(torch.cat([self.labels, labels]))
+        made: Tensor = self.module(*rows)
+        return made[len(self.noise) :]
