@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gandist import checkpoint
 from gandist.check import read_recipe
+from gandist.data.dataset import Dataset
 from gandist.data.leaks import refuse_leaks
 from gandist.data.opening import open_reader
 from gandist.data.pack import shares
@@ -294,7 +295,7 @@ def test_minibatch_discrimination_starts_by_the_distances_of_its_first_batch() -
     for kernel in range(4):
         nearest = []
         for i in range(40):
-            away = [float((matrices[i, kernel] - matrices[j, kernel]).abs().sum()) for j in range(40) if j != i]
+            away = [float((matrices[kernel, i] - matrices[kernel, j]).abs().sum()) for j in range(40) if j != i]
             nearest.append(min(away))
         assert 0.5 * np.mean(nearest) == pytest.approx(1.0, rel=1e-4)
 
@@ -694,7 +695,7 @@ def test_data_without_labels_is_no_game(gandist: Callable, tmp_path: Path, semi_
 @pytest.fixture(scope="module")
 def trained(garments: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "recipe.yaml").write_text(RECIPE.format(data=garments, folder=folder / "run", images=9600))
+    (folder / "recipe.yaml").write_text(RECIPE.format(data=garments, folder=folder / "run", images=30_000))
     assert run("train", folder / "recipe.yaml", "run.batch=100").code == 0
     return folder / "run"
 
@@ -741,14 +742,14 @@ def test_an_image_is_answered_alike_as_a_file_in_a_folder_in_an_array_and_in_any
 
 
 def test_what_is_no_garment_is_likelier_a_fake(trained: Path, garments: Path, gandist: Callable, tmp_path: Path) -> None:  # fmt: skip
-    """Uniform noise, which no garment is: the probability of a fake ranks it above real garments, 0.86 of all pairs here."""
+    """Uniform noise, which no garment is: the probability of a fake ranks it above real garments, in 0.94 of all pairs here."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 28, 28), dtype=np.uint8)
     np.save(tmp_path / "noise.npy", noise)
     assert gandist("predict", trained, tmp_path / "noise.npy", "--out", tmp_path / "noise").code == 0
     assert gandist("predict", trained, garments, "--out", tmp_path / "real").code == 0
     strange = np.array([float(row["fake"]) for row in table_of(tmp_path / "noise")])
     known = np.array([float(row["fake"]) for row in table_of(tmp_path / "real")])
-    assert (strange[:, None] > known[None]).mean() > 0.7
+    assert (strange[:, None] > known[None]).mean() > 0.75
 
 
 def test_damaged_images_are_named_or_counted_and_bad_inputs_refused(trained: Path, gandist: Callable, tmp_path: Path) -> None:  # fmt: skip
