@@ -553,7 +553,7 @@ def test_weights_of_a_given_width_go_with_minibatch_discrimination() -> None:
 def test_a_marginal_bias_makes_the_mean_image_where_the_weights_say_nothing() -> None:
     options = mlp.Generator(kind="mlp", width=8, output="sigmoid", marginal_bias=True)
     module, samples = options.build(10, (1, 4, 4)), torch.rand(50, 1, 4, 4) * 2 - 1
-    options.start(module, samples)
+    options.start(module, samples, ())
     last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
     nn.init.zeros_(last.weight)
     torch.testing.assert_close(module(torch.randn(2, 10))[1], samples.mean(0), rtol=1e-4, atol=1e-5)

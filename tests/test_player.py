@@ -133,6 +133,14 @@ def test_schedules_are_functions_of_images() -> None:
     cosine = ScheduleOptions(kind="cosine", until_images=1000)
     assert [cosine.factor(n) for n in (0, 250, 500, 1000)] == pytest.approx([1, 0.853553, 0.5, 0])
     assert ScheduleOptions().factor(10**9) == 1
+    # Salimans et al. 2016, CIFAR-10: min(3 − epoch / 400, 1) of 1200 epochs
+    tail = ScheduleOptions(kind="linear", from_images=800, until_images=1200)
+    assert [tail.factor(n) for n in (0, 800, 900, 1200)] == pytest.approx(
+        [min(3 - n / 400, 1) for n in (0, 800, 900, 1200)]
+    )
+    for wrong in ({"from_images": 5}, {"kind": "linear", "from_images": 9, "until_images": 9}, {"kind": "cosine", "warmup_images": 5, "from_images": 5, "until_images": 9}):  # fmt: skip
+        with pytest.raises(ValueError, match="from_images"):
+            ScheduleOptions(**wrong)
 
 
 def test_the_schedule_reaches_the_optimizer() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import on_ranks, open_stream, packed, run
+from conftest import ENVIRONMENT, ROOT, on_ranks, open_stream, packed, run
 from PIL import Image
 from torch import Tensor, nn
 
@@ -295,7 +297,7 @@ def test_minibatch_discrimination_starts_by_the_distances_of_its_first_batch() -
     for kernel in range(4):
         nearest = []
         for i in range(40):
-            away = [float((matrices[kernel, i] - matrices[kernel, j]).abs().sum()) for j in range(40) if j != i]
+            away = [float((matrices[i, kernel] - matrices[j, kernel]).abs().sum()) for j in range(40) if j != i]
             nearest.append(min(away))
         assert 0.5 * np.mean(nearest) == pytest.approx(1.0, rel=1e-4)
 
@@ -798,6 +800,49 @@ def test_labels_are_compared_by_name_and_damage_in_shards_is_skipped(trained: Pa
     again = gandist("predict", trained, spoiled, "--out", tmp_path / "skipped", "--bad", "skip")
     assert again.code == 2
     assert "holds predictions.csv already" in again.err
+
+
+def test_the_report_of_budgets_and_seeds_is_whole_and_goes_on(semi_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """One seed, then a second one beside it: the first is not trained again, and means and ensembles are those of the runs."""
+    path = semi_recipe("report", images=320)
+
+    def report(*more: object) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            ROOT / "benchmarks" / "semi.py",
+            path,
+            "run.evaluate_images=160",
+            "--labels",
+            "20",
+            *more,
+        ]
+        words = [*map(str, command), "--out", str(tmp_path / "table"), "--jobs", "2"]
+        return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=200, check=False)
+
+    first = report("--seeds", 1)
+    assert first.returncode == 0, first.stderr
+    written = tmp_path / "table" / "semi_20_0" / "checkpoints" / "images_000000320" / "state.json"
+    before = written.stat().st_mtime_ns
+    both = report("--seeds", 2)
+    assert both.returncode == 0, both.stderr
+    assert written.stat().st_mtime_ns == before
+    (budget,) = json.loads((tmp_path / "table" / "semi.json").read_text())["budgets"]
+    for arm in ("semi", "supervised"):
+        alone = [checkpoint.find(tmp_path / "table" / f"{arm}_20_{seed}") for seed in (0, 1)]
+        assert budget[arm]["seeds"] == [0, 1]
+        for errors, found in zip(budget[arm]["errors"], alone, strict=True):
+            files = sorted((found.folder.parent.parent / "evaluations").glob("images_000000320*.json"))
+            assert json.loads(files[0].read_text())["scores"]["errors"] == errors
+        assert budget[arm]["mean"] == sum(budget[arm]["errors"]) / 2
+        assert 0 < budget[arm]["ensemble"] < 2000
+    assert "| 20 | 2 |" in (tmp_path / "table" / "semi.md").read_text()
+    assert (tmp_path / "table" / "semi.md").read_text() in both.stdout
+    assert Image.open(tmp_path / "table" / "semi.png").size[0] > 500
+    assert len({checkpoint.find(tmp_path / "table" / f"semi_20_{seed}").digest for seed in (0, 1)}) == 2
+    for wrong in (("--seeds", 0), ("--labels", 25), ("--labels", "20,20")):
+        refused = report(*wrong)
+        assert refused.returncode == 2, refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def test_scores_by_hand() -> None:

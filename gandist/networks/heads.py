@@ -95,32 +95,36 @@ class MinibatchDiscrimination(Measuring):
     def forward(self, features: Tensor) -> Tensor:
         if self.measures:
             return self.measure(features)
+        matrices = self._matrices(features)
         many = self.training and dist.is_initialized() and dist.get_world_size() > 1
-        near = torch.exp(-self._distances(self._matrices(features), gather=many)).sum(2).T - 1
+        others = rows_of_all_ranks(matrices) if many else matrices
+        near = torch.exp(-_distances(matrices, others)).sum(1) - 1
         return torch.cat([features, (near + self.bias).to(features.dtype)], dim=1)
 
     def measure(self, features: Tensor) -> Tensor:
-        distances = self._distances(self._matrices(features))
-        distances.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-        half = (0.5 * distances.amin(2).mean(1)).clamp_min(1e-8)  # (kernels,)
-        self.log_scale.sub_(half.log()[:, None])
-        near = torch.exp(-distances / half[:, None, None]).sum(2).T
-        self.bias.copy_(-near.mean(0))
-        return torch.cat([features, (near + self.bias).to(features.dtype)], dim=1)
+        made = []
+        for kernel, matrix in enumerate(
+            self._matrices(features).split(1, dim=1)
+        ):  # one by one: all are (B, B, kernels · dimensions)
+            distances = _distances(matrix, matrix)[:, :, 0].fill_diagonal_(float("inf"))
+            half = (0.5 * distances.amin(1).mean()).clamp_min(1e-8)
+            self.log_scale[kernel].sub_(half.log())
+            near = torch.exp(-distances / half).sum(1)
+            self.bias[kernel] = -near.mean()
+            made.append(near - near.mean())
+        return torch.cat([features, torch.stack(made, 1).to(features.dtype)], dim=1)
 
     def _matrices(self, features: Tensor) -> Tensor:
-        """M (kernels, B, dimensions)."""
+        """M (B, kernels, dimensions)."""
         length = self.project.weight.square().sum(1).add(1e-12).sqrt()
         scaled = self.project(features).float() * (self.log_scale.exp().flatten() / length)
-        matrices: Tensor = rearrange(scaled, "b (k d) -> k b d", k=self.options.kernels)
+        matrices: Tensor = rearrange(scaled, "b (k d) -> b k d", k=self.options.kernels)
         return matrices
 
-    def _distances(self, matrices: Tensor, gather: bool = False) -> Tensor:
-        """(kernels, B, all rows)."""
-        others = matrices
-        if gather:
-            others = rearrange(rows_of_all_ranks(rearrange(matrices, "k b d -> b k d")), "b k d -> k b d")
-        return torch.cdist(matrices, others, p=1.0)
+
+def _distances(rows: Tensor, others: Tensor) -> Tensor:
+    """(B, all rows, kernels) of (B, kernels, dimensions) and all rows'. torch.cdist has no second derivative and no ONNX."""
+    return (rows[:, None] - others[None]).abs().sum(3)
 
 
 class Head(nn.Module):
