@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
 from gandist.health import Symptom
-from gandist.networks import Classifies
-from gandist.networks.noise import BLOCK
+from gandist.networks import AnyDiscriminator, AnyGenerator, Classifies
+from gandist.networks.noise import BLOCK, SPREAD, Distribution, Noise, Width
+from gandist.networks.starting import MAX_REFERENCE, START
 from gandist.player import Player, PlayerOptions, Remembered
 from gandist.recipe import Choice, DataOptions, Section, installed
 
@@ -153,16 +154,57 @@ class Game(Section):
         """Images (B, C, H, W) in −1 … 1 or signals (B, C, L) to look at, the same for the same seed and weights."""
 
 
-class Generative(Game):
-    """A game whose player `generator` makes samples from noise, in blocks of `BLOCK` rows."""
+class GeneratorSide(PlayerOptions):
+    """The generator; its average weights, where it keeps them, make the samples."""
 
-    @abstractmethod
-    def latents(self, block: int, seed: int, device: torch.device, truncation: float | None = None) -> Tensor:
-        """The noise (BLOCK, noise) of a block; with `truncation` none of it is larger than that."""
+    network: AnyGenerator
+
+
+class DiscriminatorSide(PlayerOptions):
+    """The discriminator."""
+
+    network: AnyDiscriminator
+
+
+class Generative(Game):
+    """A game whose player `generator` makes samples from noise, in blocks of `BLOCK` rows, for a player `discriminator`."""
+
+    noise: Width = 100
+    noise_distribution: Distribution = "normal"  # both of variance 1
+    generator: GeneratorSide
+    discriminator: DiscriminatorSide
 
     @abstractmethod
     def classes(self, spec: Spec) -> int | None:
         """The classes that the generator is conditioned on; None where it is not."""
+
+    def latents(self, block: int, seed: int, device: torch.device, truncation: float | None = None) -> Tensor:
+        """The noise (BLOCK, noise) of a block; with `truncation` none of it is larger than that."""
+        noise = Noise(width=self.noise, distribution=self.noise_distribution)
+        return noise.block(block, seed, device, truncation)
+
+    def fresh_latents(self, batch: Batch, purpose: str) -> Tensor:
+        """Noise (B, noise) for the rows of a batch."""
+        if self.noise_distribution == "uniform":
+            return (2 * batch.uniform(f"noise/{purpose}", self.noise) - 1) * SPREAD
+        return batch.normal(f"noise/{purpose}", self.noise)
+
+    @property
+    def start_samples(self) -> int:
+        return max(self.generator.network.start_samples, self.discriminator.network.start_samples)
+
+    @property
+    def starts(self) -> bool:
+        return self.generator.network.starts or self.start_samples > 0
+
+    def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
+        device = players["generator"].device
+        samples = samples.to(device)
+        inputs = self.inputs(spec, START + MAX_REFERENCE, device)
+        self.generator.network.start(players["generator"].module, samples, inputs)
+        asked = len(self.examples(spec)["discriminator"]) > 1
+        labels = samples.new_zeros(len(samples), dtype=torch.int64) if asked else None
+        self.discriminator.network.start(players["discriminator"].module, samples, labels)
 
     def inputs(self, spec: Spec, count: int, device: torch.device) -> tuple[Tensor, ...]:
         """What the generator is called with for `count` samples: noise (count, noise) and, where it is conditional, labels."""
@@ -171,9 +213,10 @@ class Generative(Game):
         labels = () if classes is None else (torch.arange(count, device=device) % classes,)
         return torch.cat(blocks)[:count], *labels
 
-    @abstractmethod
     def make(self, module: nn.Module, latents: Tensor, labels: Tensor | None) -> Tensor:
         """Samples (B, *shape) of latents (B, noise)."""
+        made: Tensor = module(latents) if labels is None else module(latents, labels)
+        return made
 
     def made(
         self, players: Players, spec: Spec, count: int, seed: int, *, labels: Tensor | None = None,

@@ -21,11 +21,11 @@ from gandist import checkpoint
 from gandist.check import read_recipe
 from gandist.data.stream import Batch, Stream
 from gandist.game import Clock, Phase, Players, draws, draws_each_step
-from gandist.games.gan import SPREAD, Gan
+from gandist.games.gan import Gan
 from gandist.launcher import World
 from gandist.log import Meter
 from gandist.losses import ADVERSARIAL
-from gandist.networks.noise import BLOCK
+from gandist.networks.noise import BLOCK, SPREAD
 from gandist.player import Player
 from gandist.recipe import DataOptions, Recipe, RunOptions
 from gandist.run import make_players, running
@@ -347,7 +347,7 @@ def test_without_fresh_noise_the_generator_answers_for_the_fakes_that_were_judge
 def test_uniform_noise_has_variance_1_within_the_square_root_of_3(fashion: Path) -> None:
     game = gan(noise_distribution="uniform")
     at = table(fashion, game)
-    trained = torch.cat([game._noise(at.draw(number), "generator") for number in range(100)])
+    trained = torch.cat([game.fresh_latents(at.draw(number), "generator") for number in range(100)])
     at.stream.close()
     sampled = torch.cat([game.latents(block, 0, CPU) for block in range(25)])
     for noise in (trained, sampled):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +15,23 @@ from gandist import augment
 from gandist.augment import AdaOptions, DiffAugmentOptions
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
-from gandist.game import SAMPLES, Clock, Generative, Phase, Players, Side
+from gandist.game import SAMPLES, Clock, Generative, GeneratorSide, Phase, Players, Side
 from gandist.games.regularisers import Regularisers, See, Shown, as_it_is
 from gandist.games.scores import GeneratorScores, ScoreOptions
 from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL
-from gandist.networks import AnyDiscriminator, AnyGenerator, Conditioning, Judged, classes_of
-from gandist.networks.noise import SPREAD, Distribution, Noise, Width
-from gandist.networks.starting import MAX_REFERENCE, START
-from gandist.player import EmaOptions, Memory, Player, PlayerOptions, Remembered
+from gandist.networks import Conditioning, Judged, classes_of
+from gandist.player import EmaOptions, Memory, Player, Remembered
 from gandist.recipe import Choice, DataOptions, Section, harmless
 
 Repeat = Annotated[int, Field(ge=1, le=100)]
 WINS, VANISHED, COLLAPSED = 0.99, 1000.0, 0.3  # where a row is a symptom
 
 
-class GeneratorSide(PlayerOptions):
+class AveragedGenerator(GeneratorSide):
     """The generator; its average weights make the samples."""
 
-    network: AnyGenerator
     ema: EmaOptions | None = EmaOptions()
-
-
-class DiscriminatorSide(PlayerOptions):
-    """The discriminator."""
-
-    network: AnyDiscriminator
 
 
 class Gan(Generative):
@@ -55,8 +46,6 @@ class Gan(Generative):
         "minimax", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic", "relativistic_average"
     ] = "non_saturating"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # one-sided: the target of real is 1 less this
-    noise: Width = 100
-    noise_distribution: Distribution = "normal"  # both of variance 1
     fresh_noise: bool = True
     order: Literal["alternating", "simultaneous"] = "alternating"
     discriminator_steps: Repeat = 1
@@ -69,8 +58,7 @@ class Gan(Generative):
     ) = None
     regularisers: Regularisers = Regularisers()
     scores: Annotated[ScoreOptions, Field(**harmless)] = ScoreOptions()
-    generator: GeneratorSide
-    discriminator: DiscriminatorSide
+    generator: AveragedGenerator
 
     # ---- what it needs
 
@@ -200,22 +188,6 @@ class Gan(Generative):
         """The classes that the game is conditioned on; None where it is not."""
         return spec.label.classes if self.conditional is not None and spec.label is not None else None
 
-    @property
-    def start_samples(self) -> int:
-        return max(self.generator.network.start_samples, self.discriminator.network.start_samples)
-
-    @property
-    def starts(self) -> bool:
-        return self.generator.network.starts or self.start_samples > 0
-
-    def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
-        device = players["generator"].device
-        samples = samples.to(device)
-        inputs = self.inputs(spec, START + MAX_REFERENCE, device)
-        self.generator.network.start(players["generator"].module, samples, inputs)
-        labels = samples.new_zeros(len(samples), dtype=torch.int64) if self.conditional is not None else None
-        self.discriminator.network.start(players["discriminator"].module, samples, labels)
-
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> GeneratorScores:
         return GeneratorScores(self.scores, self, data, spec, spec.shape, device)
 
@@ -230,7 +202,10 @@ class Gan(Generative):
 
     def discriminator_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
         discriminator, labels = players["discriminator"], self._labels(batch)
-        real, noise = batch["signal" if "signal" in batch.parts else "image"], self._noise(batch, "discriminator")
+        real, noise = (
+            batch["signal" if "signal" in batch.parts else "image"],
+            self.fresh_latents(batch, "discriminator"),
+        )
         fake = _made(players["generator"], noise, labels)
         see, see_fake = (self._augmentation(discriminator, batch, f"discriminator/{kind}") for kind in ("real", "fake"))
         verdict_real, verdict_fake = judge(discriminator, see(real), see_fake(fake), labels)
@@ -267,7 +242,7 @@ class Gan(Generative):
 
     def generator_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
         generator, discriminator, labels = players["generator"], players["discriminator"], self._labels(batch)
-        noise = self._noise(batch, "generator" if self.fresh_noise else "discriminator")
+        noise = self.fresh_latents(batch, "generator" if self.fresh_noise else "discriminator")
         see = self._augmentation(discriminator, batch, "generator/fake")
         verdict = discriminator(see(_made(generator, noise, labels)), labels)
         real: Judged | None = None
@@ -294,11 +269,6 @@ class Gan(Generative):
     def _labels(self, batch: Batch) -> Tensor | None:
         """The classes of the real rows, which are also asked of the fakes: so both have the distribution of the data."""
         return batch["label"] if self.conditional is not None else None
-
-    def _noise(self, batch: Batch, phase: str) -> Tensor:
-        if self.noise_distribution == "uniform":
-            return (2 * batch.uniform(f"noise/{phase}", self.noise) - 1) * SPREAD
-        return batch.normal(f"noise/{phase}", self.noise)
 
     def _augmentation(self, discriminator: Player, batch: Batch, purpose: str) -> See:
         """How the discriminator sees rows of this batch; the same turns and colours for them at each call."""
@@ -335,16 +305,6 @@ class Gan(Generative):
                 "try the loss `relativistic` with `regularisers: {r1: {weight: 1}, r2: {weight: 1}}`, "
                 "`discriminator.network.minibatch`, or a smaller learning rate",
             )
-
-    # ---- what it is for
-
-    def latents(self, block: int, seed: int, device: torch.device, truncation: float | None = None) -> Tensor:
-        noise = Noise(width=self.noise, distribution=self.noise_distribution)
-        return noise.block(block, seed, device, truncation)
-
-    def make(self, module: Any, latents: Tensor, labels: Tensor | None) -> Tensor:
-        made: Tensor = module(latents) if labels is None else module(latents, labels)
-        return made
 
 
 def judge(discriminator: Player, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Judged, Judged]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,13 @@ from torch import Tensor
 
 from gandist.data.dataset import Spec
 from gandist.data.stream import Batch
-from gandist.game import Classifying, Clock, Generative, Phase, Players, Side
+from gandist.game import Classifying, Clock, DiscriminatorSide, Generative, Phase, Players, Side
 from gandist.games.classification import Classification, ClassificationOptions
 from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL, conditional_entropy, divergence, feature_matching, pseudo_labels, pull_away
-from gandist.networks import AnyDiscriminator, AnyGenerator, Classifies, Judged, classes_of
-from gandist.networks.noise import SPREAD, Distribution, Noise, Width
-from gandist.networks.starting import MAX_REFERENCE, START
-from gandist.player import EmaOptions, Player, PlayerOptions
+from gandist.networks import Classifies, Judged, classes_of
+from gandist.networks.noise import Distribution
+from gandist.player import EmaOptions, Player
 from gandist.recipe import DataOptions, Section, harmless
 
 Weight = Annotated[float, Field(gt=0, le=1e9)]
@@ -28,16 +27,9 @@ CLASSIFY = ADVERSARIAL["non_saturating"].discriminator
 WINS = 0.99
 
 
-class GeneratorSide(PlayerOptions):
-    """The generator; it serves the classifier, and its average, if there is one, makes the samples."""
-
-    network: AnyGenerator
-
-
-class DiscriminatorSide(PlayerOptions):
+class AveragedDiscriminator(DiscriminatorSide):
     """The discriminator, whose average is the classifier that is tested."""
 
-    network: AnyDiscriminator
     ema: EmaOptions | None = EmaOptions()
 
 
@@ -93,12 +85,10 @@ class Semi(Generative, Classifying):
     virtual_adversarial: VirtualAdversarial | None = None
     pseudo_labels: PseudoLabels | None = None
     supervised_only: bool = False
-    noise: Width = 100
     noise_distribution: Distribution = "uniform"  # both of variance 1
     generator_steps: Annotated[int, Field(ge=1, le=100)] = 1
     scores: Annotated[ClassificationOptions, Field(**harmless)] = ClassificationOptions()
-    generator: GeneratorSide
-    discriminator: DiscriminatorSide
+    discriminator: AveragedDiscriminator
 
     # ---- what it needs
 
@@ -174,21 +164,6 @@ class Semi(Generative, Classifying):
     def classes(self, spec: Spec) -> int | None:
         """The classes that the generator is conditioned on; None where it is not."""
         return spec.label.classes if self.conditional and spec.label is not None else None
-
-    @property
-    def start_samples(self) -> int:
-        return max(self.generator.network.start_samples, self.discriminator.network.start_samples)
-
-    @property
-    def starts(self) -> bool:
-        return self.generator.network.starts or self.start_samples > 0
-
-    def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
-        device = players["generator"].device
-        samples = samples.to(device)
-        inputs = self.inputs(spec, START + MAX_REFERENCE, device)
-        self.generator.network.start(players["generator"].module, samples, inputs)
-        self.discriminator.network.start(players["discriminator"].module, samples)
 
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> Classification:
         return Classification(self.scores, data, spec, device)
@@ -275,10 +250,7 @@ class Semi(Generative, Classifying):
 
     def _made(self, generator: Player, batch: Batch, phase: str) -> tuple[Tensor, Tensor | None]:
         """Samples of fresh noise, and the classes that they were asked to be."""
-        if self.noise_distribution == "uniform":
-            noise = (2 * batch.uniform(f"noise/{phase}", self.noise) - 1) * SPREAD
-        else:
-            noise = batch.normal(f"noise/{phase}", self.noise)
+        noise = self.fresh_latents(batch, phase)
         asked = batch["label"] if self.conditional else None  # labelled rows cycle through all classes alike
         return generator(noise) if asked is None else generator(noise, asked), asked
 
@@ -296,16 +268,6 @@ class Semi(Generative, Classifying):
                 "the discriminator takes nearly all generated rows for real",
                 "use `feature_matching`, or raise the discriminator's learning rate",
             )
-
-    # ---- what it is for
-
-    def latents(self, block: int, seed: int, device: torch.device, truncation: float | None = None) -> Tensor:
-        noise = Noise(width=self.noise, distribution=self.noise_distribution)
-        return noise.block(block, seed, device, truncation)
-
-    def make(self, module: Any, latents: Tensor, labels: Tensor | None) -> Tensor:
-        made: Tensor = module(latents) if labels is None else module(latents, labels)
-        return made
 
 
 def judge(discriminator: Player, *samples: Tensor) -> list[Judged]:

@@ -103,10 +103,10 @@ class MinibatchDiscrimination(Measuring):
 
     def measure(self, features: Tensor) -> Tensor:
         made = []
-        for kernel, matrix in enumerate(
-            self._matrices(features).split(1, dim=1)
-        ):  # one by one: all are (B, B, kernels · dimensions)
-            distances = _distances(matrix, matrix)[:, :, 0].fill_diagonal_(float("inf"))
+        for kernel, rows in enumerate(
+            self._matrices(features).unbind(1)
+        ):  # one by one, since all together are a gigabyte
+            distances = _distances(rows[:, None], rows[:, None])[:, :, 0].fill_diagonal_(float("inf"))
             half = (0.5 * distances.amin(1).mean()).clamp_min(1e-8)
             self.log_scale[kernel].sub_(half.log())
             near = torch.exp(-distances / half).sum(1)
