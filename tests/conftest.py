@@ -12,7 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,8 +27,13 @@ from gandist.data.dataset import Dataset
 from gandist.data.opening import open_reader
 from gandist.data.order import Full, places_of
 from gandist.data.pack import Options, Packing, pack
-from gandist.data.stream import Share, Stream
-from gandist.recipe import DataOptions
+from gandist.data.stream import Batch, Share, Stream
+from gandist.game import Clock, Phase, Players
+from gandist.launcher import World
+from gandist.log import Meter
+from gandist.player import Player
+from gandist.recipe import DataOptions, Recipe
+from gandist.train import step
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +86,41 @@ def open_stream(
     chosen = DataOptions(path=str(path), **options)
     share = Share(parts, batch, seed, torch.device("cpu"), rank, ranks, accumulate, recall)
     return Stream(open_reader(chosen), chosen, share)
+
+
+@dataclass
+class Table:
+    """What `train.step` needs of a run, and nothing that is written."""
+
+    recipe: Recipe
+    world: World
+    players: dict[str, Player]
+    stream: Stream
+    clock: Clock
+    meter: Meter
+
+    @property
+    def game(self) -> Any:
+        return self.recipe.game
+
+    def play(self, steps: int, phases: tuple[Phase, ...] | None = None) -> None:
+        for _ in range(steps):
+            step(self, phases or self.game.phases())  # type: ignore[arg-type]
+            self.clock.advance()
+
+    def draw(self, number: int) -> Batch:
+        (batch,) = self.stream.read(number)
+        return batch
+
+
+def tensors(players: Players) -> dict[str, np.ndarray]:
+    """All that a checkpoint would hold, copied, by player, file and name."""
+    return {
+        f"{name}/{file}/{key}": tensor.detach().numpy().copy()
+        for name, player in players.items()
+        for file, found in player.tensors().items()
+        for key, tensor in found.items()
+    }
 
 
 @pytest.fixture(scope="session")

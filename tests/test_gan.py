@@ -14,22 +14,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import on_ranks, open_stream, packed, tensor_files
+from conftest import Table, on_ranks, open_stream, packed, tensor_files, tensors
 from torch import Tensor, nn
 
 from gandist import checkpoint
 from gandist.check import read_recipe
-from gandist.data.stream import Batch, Stream
+from gandist.data.stream import Batch
 from gandist.game import Clock, Phase, Players, draws, draws_each_step
 from gandist.games.gan import Gan
 from gandist.launcher import World
 from gandist.log import Meter
 from gandist.losses import ADVERSARIAL
 from gandist.networks.noise import BLOCK, SPREAD
-from gandist.player import Player
 from gandist.recipe import DataOptions, Recipe, RunOptions
 from gandist.run import make_players, running
-from gandist.train import reseed, step
+from gandist.train import reseed
 
 CPU = torch.device("cpu")
 NOISE, BATCH = 8, 16
@@ -49,32 +48,6 @@ def gan(generator: dict[str, Any] | None = None, discriminator: dict[str, Any] |
     return Gan.model_validate({"kind": "gan", "noise": NOISE, **options, **sides})
 
 
-@dataclass
-class Table:
-    """What `train.step` needs of a run, and nothing that is written."""
-
-    recipe: Recipe
-    world: World
-    players: dict[str, Player]
-    stream: Stream
-    clock: Clock
-    meter: Meter
-
-    def play(self, steps: int, phases: tuple[Phase, ...] | None = None) -> None:
-        for _ in range(steps):
-            step(self, phases or self.game.phases())  # type: ignore[arg-type]
-            self.clock.advance()
-
-    @property
-    def game(self) -> Gan:
-        assert isinstance(self.recipe.game, Gan)
-        return self.recipe.game
-
-    def draw(self, number: int) -> Batch:
-        (batch,) = self.stream.read(number)
-        return batch
-
-
 def table(data: object, game: Gan) -> Table:
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     options = DataOptions(path=str(data), workers=0)
@@ -85,15 +58,6 @@ def table(data: object, game: Gan) -> Table:
     stream = open_stream(data, parts=parts, batch=BATCH, rank=rank, ranks=ranks, recall=recall, workers=0)
     players = make_players(recipe, stream.spec, CPU, "fp32")
     return Table(recipe, World(CPU, rank, ranks, "fp32", ""), players, stream, Clock(BATCH, 10**6), Meter())
-
-
-def tensors(players: Players) -> dict[str, np.ndarray]:
-    return {
-        f"{name}/{file}/{key}": tensor.detach().numpy().copy()
-        for name, player in players.items()
-        for file, found in player.tensors().items()
-        for key, tensor in found.items()
-    }
 
 
 # ---- the number of processes

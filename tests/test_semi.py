@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ENVIRONMENT, ROOT, on_ranks, open_stream, packed, run
+from conftest import ENVIRONMENT, ROOT, Table, on_ranks, open_stream, packed, run, tensors
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,7 +27,6 @@ from gandist.data.dataset import Dataset
 from gandist.data.leaks import refuse_leaks
 from gandist.data.opening import open_reader
 from gandist.data.pack import shares
-from gandist.data.stream import Stream
 from gandist.game import Clock, draws_each_step
 from gandist.games.classification import scores
 from gandist.games.semi import Semi, VirtualAdversarial, judge, virtual_adversarial
@@ -48,7 +46,6 @@ from gandist.networks.virtual import VirtualBatchNorm, WithReference
 from gandist.player import EmaOptions, Player, PlayerOptions
 from gandist.recipe import DataOptions, InputError, Recipe, RunOptions, SubsetOptions
 from gandist.run import make_players, running
-from gandist.train import step
 
 CPU = torch.device("cpu")
 BATCH, NOISE = 16, 8
@@ -369,32 +366,6 @@ def semi(
     return Semi.model_validate({"kind": "semi", "noise": NOISE, **options, **sides})
 
 
-@dataclass
-class Table:
-    """What `train.step` needs of a run, and nothing that is written."""
-
-    recipe: Recipe
-    world: World
-    players: dict[str, Player]
-    stream: Stream
-    clock: Clock
-    meter: Meter
-
-    @property
-    def game(self) -> Semi:
-        assert isinstance(self.recipe.game, Semi)
-        return self.recipe.game
-
-    def play(self, steps: int) -> None:
-        for _ in range(steps):
-            step(self, self.game.phases())  # type: ignore[arg-type]
-            self.clock.advance()
-
-    def draw(self, number: int) -> Any:
-        (batch,) = self.stream.read(number)
-        return batch
-
-
 def table(data: object, game: Semi, start: bool = True) -> Table:
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     options = DataOptions(path=str(data), workers=0, subset=SubsetOptions(per_class=2, seed=0))
@@ -411,15 +382,6 @@ def table(data: object, game: Semi, start: bool = True) -> Table:
         for player in players.values():
             player.restart_average()
     return Table(recipe, World(CPU, rank, ranks, "fp32", ""), players, stream, Clock(BATCH, 10**6), Meter())
-
-
-def tensors(players: dict[str, Player]) -> dict[str, np.ndarray]:
-    return {
-        f"{name}/{file}/{key}": tensor.detach().numpy().copy()
-        for name, player in players.items()
-        for file, found in player.tensors().items()
-        for key, tensor in found.items()
-    }
 
 
 def _played(data: str, options: dict[str, Any], steps: int) -> dict[str, np.ndarray]:
