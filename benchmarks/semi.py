@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from gandist.recipe import Failure, InputError
 from gandist.restored import restored
 from gandist.run import versions
 
+OURS = ("data.subset", "run.seed", "run.folder", "game.supervised_only")
 ARMS = {"semi": "the game", "supervised": "labels alone"}
 
 
@@ -67,16 +68,21 @@ class Result(NamedTuple):
         return int(scores(self.probabilities, self.labels)["errors"])
 
 
+def settings(job: Job, arguments: argparse.Namespace, classes: int) -> list[str]:
+    """What sets a run apart, as overrides of the recipe."""
+    return [
+        f"data.subset={{per_class: {job.labels // classes}, seed: {job.seed}}}",
+        f"run.seed={job.seed}",
+        f"run.folder={job.folder(arguments.out)}",
+        f"game.supervised_only={str(job.arm == 'supervised').lower()}",
+    ]
+
+
 def train(job: Job, arguments: argparse.Namespace, classes: int, threads: int) -> None:
     """Trains a run, or goes on with it; raises Failure with what it printed where it did not end well."""
     folder = job.folder(arguments.out)
-    overrides = [
-        f"data.subset={{per_class: {job.labels // classes}, seed: {job.seed}}}",
-        f"run.seed={job.seed}",
-        f"run.folder={folder}",
-    ]
-    overrides.append(f"game.supervised_only={str(job.arm == 'supervised').lower()}")
-    command = [sys.executable, "-m", "gandist", "train", str(arguments.recipe), *arguments.overrides, *overrides]
+    overrides = [*arguments.overrides, *settings(job, arguments, classes)]
+    command = [sys.executable, "-m", "gandist", "train", str(arguments.recipe), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -156,7 +162,16 @@ def table(found: dict[str, Any]) -> str:
 
 def plural(text: str) -> list[int]:
     """Whole numbers with commas between."""
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be whole numbers with commas between, such as 20,100"
+        ) from None
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The text above as it stands, and the defaults."""
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -164,13 +179,19 @@ def measure(arguments: argparse.Namespace) -> int:
     first = read_recipe(arguments.recipe, [*arguments.overrides, "run.folder=unused"])
     spec = data_spec(first.data)
     if not isinstance(first.game, Semi) or spec.label is None:
-        raise InputError(f"{arguments.recipe}: its game is not `semi`")
+        raise InputError(f"{arguments.recipe}: its game is not `semi`; use one such as configs/fashion_semi.yaml")
     classes = spec.label.classes
     for labels in arguments.labels:
         if labels < classes or labels % classes:
             raise InputError(
                 f"--labels {labels}: not the same number for each of {classes} classes; use a multiple of it"
             )
+        read_recipe(arguments.recipe, [*arguments.overrides, *settings(Job("semi", labels, 0), arguments, classes)])
+    if arguments.first_seed < 0:
+        raise InputError(f"--first-seed {arguments.first_seed}: must be 0 or more")
+    for override in arguments.overrides:
+        if override.startswith(OURS):
+            raise InputError(f"{override}: is set for each run here; leave it out")
     if len({*arguments.labels}) < len(arguments.labels):
         raise InputError(f"--labels {arguments.labels}: names a budget twice")
     for name in ("seeds", "jobs"):
@@ -180,13 +201,19 @@ def measure(arguments: argparse.Namespace) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = arguments.jobs or cores
     wanted = [*jobs(arguments)]
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise InputError(f"--out {arguments.out}: is a file; name a folder")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{len(wanted)} runs, {min(at_once, len(wanted))} at a time; {arguments.out}/*/log.jsonl shows how far they are",
+        file=sys.stderr,
+    )
     with ThreadPoolExecutor(at_once) as pool:
-        waiting = [(job, pool.submit(train, job, arguments, classes, max(1, cores // at_once))) for job in wanted]
+        waiting = {pool.submit(train, job, arguments, classes, max(1, cores // at_once)): job for job in wanted}
         try:
-            for number, (job, done) in enumerate(waiting, 1):
+            for number, done in enumerate(as_completed(waiting), 1):
                 done.result()
-                print(f"{number} of {len(wanted)}: {job.folder(arguments.out)}", file=sys.stderr)
+                print(f"{number} of {len(wanted)}: {waiting[done].folder(arguments.out)}", file=sys.stderr)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -207,23 +234,26 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """The command line; exit codes: 0 done, 1 failed, 2 the input is at fault."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line; exit codes: 0 done, 1 failed, 2 the input is at fault, 75 stopped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="of the game `semi`")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as `gandist train` takes them")
     parser.add_argument(
         "--labels", type=plural, default=[20, 50, 100, 200], metavar="N,…", help="budgets, of all classes together"
     )
     parser.add_argument("--seeds", type=int, default=10, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--first-seed", type=int, default=0, help="the seeds are this one and the next ones")
     parser.add_argument("--jobs", type=int, help="runs side by side; one a core unless given")
-    parser.add_argument("--out", type=Path, default=Path("runs/semi"))
+    parser.add_argument("--out", type=Path, default=Path("runs/semi"), help="folder of the runs and the report")
     arguments = parser.parse_intermixed_args()
     try:
         code = measure(arguments)
     except InputError as error:
         print(f"semi: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("semi: stopped; the same command goes on", file=sys.stderr)
+        code = 75
     except Failure as error:
         print(f"semi: {error}", file=sys.stderr)
         code = 1

@@ -351,13 +351,16 @@ def main() -> None:
     parser.add_argument("--game", default="gan", choices=[*RECIPES])
     parser.add_argument("--layers", choices=["plain", "gandist"], help="of the plain loop of semi; plain unless given")
     parser.add_argument("--size", type=int, help="of gan: pixels of a side, 64 unless given")
-    parser.add_argument("--width", type=int, help="channels of the networks next to the image")
+    parser.add_argument("--width", type=int, help="of gan: channels of the networks next to the image, 64 unless given")
     parser.add_argument("--batch", type=int, help="64, and 100 of semi, unless given")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="steps of each contestant in a round")
+    parser.add_argument("--rounds", type=int, default=9, help="9 unless given")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each contestant in a round, 4 unless given")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    for name in ("rounds", "steps"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)}: must be 1 or more")
     if arguments.game == "semi" and (arguments.size or arguments.width):
         parser.error("--size and --width have no effect on the networks of semi")
     if arguments.game == "gan" and arguments.layers:

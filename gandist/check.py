@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gandist.data.dataset import Spec
+from gandist.data.dataset import Dataset, Spec
 from gandist.data.decode import image_shape
 from gandist.data.opening import data_spec, open_reader
 from gandist.data.plain import locations
@@ -84,6 +84,14 @@ def contradictions(
                 source.fault(
                     ("data", "unlabelled_transform", "range" if other.mean is None else "mean"),
                     f"the game {game.kind} sees unlabelled images beside generated ones in −1 … 1; leave it out",
+                )
+        if data is not None and data.subset is not None and data.reader == "index":
+            counts = Dataset(data.path).manifest.counts.get(data.split)
+            fewest = min(counts.labels) if counts is not None and counts.labels else data.subset.per_class
+            if fewest < data.subset.per_class:
+                source.fault(
+                    ("data", "subset", "per_class"),
+                    f"{data.subset.per_class}, and class {counts.labels.index(fewest) if counts else 0} has {fewest} samples; use at most {fewest}",
                 )
         if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & parts:
             source.fault(

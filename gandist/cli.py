@@ -334,7 +334,7 @@ def describe(recipe: RecipeFile, overrides: Overrides = None, allow_pipe: AllowP
     """Show the resolved recipe, the players, and what a run takes; nothing is trained."""
     from gandist.check import read_recipe
     from gandist.data.opening import data_spec
-    from gandist.describe import sides
+    from gandist.describe import data_in_words, sides
     from gandist.game import Clock
 
     loaded = read_recipe(recipe, overrides or [], allow_pipe)
@@ -352,12 +352,7 @@ def describe(recipe: RecipeFile, overrides: Overrides = None, allow_pipe: AllowP
     _table(
         [
             *rows,
-            (
-                "data",
-                f"{spec.samples:,} samples, each seen {steps * loaded.run.batch / spec.samples:,.1f} times"
-                if spec.samples
-                else "samples that nobody counted",
-            ),
+            *(("data", text) for text in data_in_words(loaded, spec, steps)),
             ("steps", f"{steps:,} of {loaded.run.batch} images"),
             (
                 "state",
@@ -580,16 +575,17 @@ def predict(
             help="images, folders of them, archives, arrays, or packed datasets: whatever `pack` reads",
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="folder; by default one in RUN/predictions")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; RUN/predictions/images_… unless given")] = None,
+    split: Annotated[str | None, typer.Option(help="of inputs that have some; all of them unless given")] = None,
     bad: Annotated[
         str, typer.Option(help="what becomes of damaged images: refuse (and name the first), or skip (and count)")
     ] = "refuse",
 ) -> None:
     """Name the class of each image, with the classifier of a run of the game `semi`.
 
-    Writes predictions.csv: for each image its likeliest class, that one's probability, the probability that it is no real image of
-    any class (`fake`: high for what the run has never seen), and the probabilities of all classes; and sheets of the least
-    certain images and of the likeliest fakes.
+    Writes predictions.csv: for each image its likeliest class, that one's probability, how much it looks like the generator's
+    samples (`fake`, 0 … 1), its label where the input has one, and the probabilities of all classes; and sheets of the least certain
+    images and of the likeliest fakes. docs/semi.md says what `fake` does not tell.
     """
     import torch
 
@@ -603,7 +599,7 @@ def predict(
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
         "cpu"
     )
-    predictor = Predictor(found, device, skip=bad == "skip")
+    predictor = Predictor(found, device, skip=bad == "skip", split=split)
     folder = checkpoint.outside(out or found.folder.parent.parent / "predictions" / found.folder.name)
     refuse_taken(folder, "predictions.csv")
     with _bar("predicting") as bar:

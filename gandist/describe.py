@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gandist.data.dataset import Spec
+from gandist.data.opening import data_spec
+from gandist.data.stream import PARTS
 from gandist.game import Game
 from gandist.recipe import Recipe
 
@@ -35,3 +38,20 @@ def sides(recipe: Recipe, spec: Spec) -> dict[str, Side]:
         copies = 4 + (side.options.ema is not None)
         found[name] = Side(parameters, counter.get_total_flops() // 2, 4 * copies * parameters)
     return found
+
+
+def data_in_words(recipe: Recipe, spec: Spec, steps: int) -> Iterator[str]:
+    """How often each sample is seen, labelled and unlabelled ones apart where the game reads both."""
+    assert isinstance(recipe.game, Game)
+    seen = steps * recipe.run.batch
+    unlabelled = [part for part in recipe.game.parts(spec) if PARTS[part].view != "labelled"]
+    kind = "labelled samples" if unlabelled else "samples"
+    yield (
+        f"{spec.samples:,} {kind}, each seen {seen / spec.samples:,.1f} times"
+        if spec.samples
+        else "samples that nobody counted"
+    )
+    whole = data_spec(recipe.data.model_copy(update={"subset": None}), True).samples if unlabelled else None
+    if whole:
+        times = "" if len(unlabelled) == 1 else " by each player"
+        yield f"{whole:,} unlabelled samples, each seen {seen / whole:,.1f} times{times}"

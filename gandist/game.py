@@ -249,6 +249,11 @@ class Classifying(Game):
     def classifies(self) -> Classifies:
         """How that player was built for it."""
 
+    @property
+    def tells_fakes(self) -> bool:
+        """Whether it learned to tell real images from generated ones."""
+        return True
+
 
 def draws_each_step(phases: tuple[Phase, ...]) -> int:
     """How many draws a step reads."""

@@ -45,7 +45,9 @@ class EmaOptions(Section):
     @model_validator(mode="after")
     def _zero_is_no_weight(self) -> EmaOptions:
         if self.from_zero and self.ramp_up is not None:
-            raise ValueError("`from_zero` needs `ramp_up: null`, whose first average is the weights themselves")
+            raise ValueError(
+                "`from_zero` needs `ramp_up: null`: with a ramp the first average is the weights themselves"
+            )
         return self
 
     def decay(self, images: float, batch: float) -> float:

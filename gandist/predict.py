@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from gandist.recipe import DataOptions, Failure, InputError, TransformOptions
 from gandist.restored import restored
 
 SHOWN = 64  # images of a sheet
+Kind = TypeVar("Kind")
 Progress = Callable[[int, int], None]
 
 
@@ -81,7 +82,9 @@ class Predictor:
     found: checkpoint.Checkpoint
     device: torch.device
     skip: bool = False  # damaged images, which are counted then
+    split: str | None = None  # of packed datasets and of sources that have some; all unless given
     passed_over: list[str] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)  # classes of the inputs that the run does not have
     fitted: int = 0  # images that were cut and resized to the size of training
     player: Player = field(init=False)
 
@@ -89,7 +92,7 @@ class Predictor:
         game, players = restored(self.found, self.device)
         if not isinstance(game, Classifying):
             raise InputError(f"{self.found.folder}: its game, {game.kind}, has no classifier to predict with")
-        self.player = players["discriminator"]
+        self.player, self.tells_fakes = players["discriminator"], game.tells_fakes
         try:
             section = self.found.state.recipe.get("data", {})
             self.transform = TransformOptions.model_validate(section.get("transform", {})).still()
@@ -188,12 +191,17 @@ class Predictor:
             return None
         if image.names:
             name = image.names[image.label] if image.label < len(image.names) else None
+            if name not in self.names:
+                self.unknown.add(str(name))
             return self.names.index(name) if name in self.names else None
         return image.label if image.label < len(self.names) else None
 
 
-def images_of(inputs: list[str], scratch: Path) -> Iterator[Found]:
-    """The images of folders, archives, arrays, shards, packed datasets and single files; raises InputError where there are none."""
+def images_of(inputs: list[str], scratch: Path, split: str | None = None) -> Iterator[Found]:
+    """The images of folders, archives, arrays, shards, packed datasets and single files; raises InputError where there are none.
+
+    `split` is the one to take of inputs that have some.
+    """
     for place in inputs:
         path = Path(place)
         if not is_remote(place) and path.is_file() and path.suffix[1:].lower() in ENCODED:
@@ -201,20 +209,26 @@ def images_of(inputs: list[str], scratch: Path) -> Iterator[Found]:
         elif (is_remote(place) and not place.endswith((".tar", "}"))) or (
             not is_remote(place) and (path / NAME).exists()
         ):
-            yield from _packed(place)
+            yield from _packed(place, split)
         else:
+            if path.is_file() and path.suffix.lower() in (".gif", ".tif", ".tiff", ".heic", ".avif"):
+                raise InputError(f"{place}: is not read; convert it to one of {', '.join(ENCODED)}")
             source = open_source(place, scratch=scratch)
-            for split, found in source.splits.items():
+            for name, found in _asked(place, source.splits, split).items():
                 for number in range(found.samples):
-                    yield _item(place, found, number, f"{split}/{number}", source.names)
+                    yield _item(place, found, number, f"{name}/{number}", source.names)
+
+
+def _asked(place: str, splits: Mapping[str, Kind], split: str | None) -> Mapping[str, Kind]:
+    if split is not None and split not in splits:
+        raise InputError(f"--split {split}: {place} has {', '.join(splits)}")
+    return splits if split is None else {split: splits[split]}
 
 
 def _file(path: Path) -> Found:
     size = path.stat().st_size
     damage = f"has {size} bytes; the limit is {MAX_MEMBER}" if size > MAX_MEMBER else ""
-    return Found(
-        str(path.parent), path.name, path.suffix[1:].lower(), b"" if damage else path.read_bytes(), damage=damage
-    )
+    return Found(str(path), path.name, path.suffix[1:].lower(), b"" if damage else path.read_bytes(), damage=damage)
 
 
 def _item(place: str, split: Split, number: int, name: str, names: tuple[str, ...]) -> Found:
@@ -231,12 +245,12 @@ def _item(place: str, split: Split, number: int, name: str, names: tuple[str, ..
     return Found(place, item.name or name, image, item.members[image], label, names)
 
 
-def _packed(place: str) -> Iterator[Found]:
+def _packed(place: str, only: str | None) -> Iterator[Found]:
     dataset = Dataset(place)
     if dataset.manifest.image is None:
-        raise InputError(f"{place}: holds no images")
+        raise InputError(f"{place}: holds signals, and no images")
     names = dataset.manifest.label.names if dataset.manifest.label is not None else ()
-    for split in dataset.manifest.splits:
+    for split in _asked(place, dataset.manifest.splits, only):
         reader = open_reader(DataOptions(path=place, split=split))
         try:
             for number in range(len(reader)):
@@ -267,9 +281,9 @@ def write_predictions(
     done = wrong = labelled = 0
     counts = [0] * len(names)
     with tempfile.TemporaryDirectory() as scratch:
-        for one, sample in predictor.predictions(predictor.blocks(images_of(inputs, Path(scratch)))):
+        for one, sample in predictor.predictions(predictor.blocks(images_of(inputs, Path(scratch), predictor.split))):
             known = "" if one.label is None else str(one.label)
-            numbers = [f"{value:.6g}" for value in (one.probability, one.fake)]
+            numbers = [f"{one.probability:.6g}", f"{one.fake:.6g}" if predictor.tells_fakes else ""]
             row = [one.input, one.name, str(one.answer), names[one.answer], *numbers, known]
             writer.writerow([*row, *(f"{p:.6g}" for p in one.probabilities)])
             done += 1
@@ -289,10 +303,13 @@ def write_predictions(
         )
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "predictions.csv", text.getvalue().encode(errors="backslashreplace"))
-    for name, kept in (("least_certain", unsure), ("likeliest_fakes", unlike)):
+    sheets = {"least_certain": unsure} | ({"likeliest_fakes": unlike} if predictor.tells_fakes else {})
+    for name, kept in sheets.items():
         kept.sort(key=lambda entry: entry[0])
         shown = kept[:SHOWN]
-        captions = [f"{_plain(names[one.answer])} {one.probability:.2f}\nfake {one.fake:.2f}" for _, one, _ in shown]
+        captions = [f"{_plain(names[one.answer])} {one.probability:.2f}" for _, one, _ in shown]
+        if predictor.tells_fakes:
+            captions = [f"{text}\nfake {one.fake:.2f}" for text, (_, one, _) in zip(captions, shown, strict=True)]
         save_png(captioned(torch.stack([sample for *_, sample in shown]), captions), out / f"{name}.png")
     if predictor.passed_over:
         count = len(predictor.passed_over)
@@ -303,9 +320,12 @@ def write_predictions(
         few = "image was" if predictor.fitted == 1 else "images were"
         yield f"{predictor.fitted:,} {few} cut to the shape of training and resized to {image.width}×{image.height}"
     yield "by class: " + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+    if predictor.unknown:
+        yield f"the run has no class {', '.join(map(_plain, sorted(predictor.unknown)[:10]))}: such images have no label here"
     if labelled:
         yield f"{wrong:,} of {labelled:,} labels differ ({wrong / labelled:.2%})"
-    yield f"{done:,} images: {out / 'predictions.csv'}, {out / 'least_certain.png'}, {out / 'likeliest_fakes.png'}"
+    files = ["predictions.csv", *(f"{name}.png" for name in sheets)]
+    yield f"{done:,} image{'s' * (done > 1)}: {', '.join(str(out / name) for name in files)}"
 
 
 def _plain(name: str) -> str:

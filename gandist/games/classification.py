@@ -32,7 +32,12 @@ class Classification(Evaluator):
     def __init__(self, options: ClassificationOptions, data: DataOptions, spec: Spec, device: torch.device) -> None:
         self.options, self.device = options, device
         self.reading = HeldOut(data, options.split, ("image", "label"), 0, device)
-        self.samples = self.reading.samples(options.split)
+        try:
+            self.samples = self.reading.samples(options.split)
+        except InputError as error:
+            raise InputError(
+                f"`game.scores.split`: {error}; name a split that is there, or pack one with --split"
+            ) from None
         if options.split == data.split:
             raise InputError(
                 f"`game.scores.split`: {options.split} is what the run learns from; name another split, or pack one with --split"

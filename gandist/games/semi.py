@@ -118,7 +118,7 @@ class Semi(Generative, Classifying):
             if self.feature_matching.layer >= parts:
                 yield (
                     ("feature_matching", "layer"),
-                    f"{self.feature_matching.layer} lies before the first of the {parts} parts of the discriminator",
+                    f"{self.feature_matching.layer} lies before the first of the {parts} parts of the discriminator; use at most {parts - 1}",
                 )
         if self.generator.ema is not None and self.generator.ema.from_zero:
             yield (
@@ -160,6 +160,10 @@ class Semi(Generative, Classifying):
     def classifies(self) -> Classifies:
         layer = self.feature_matching.layer if self.feature_matching is not None else 0
         return Classifies(fake_class=self.fake_class == "learned", layer=layer)
+
+    @property
+    def tells_fakes(self) -> bool:
+        return not self.supervised_only
 
     def classes(self, spec: Spec) -> int | None:
         """The classes that the generator is conditioned on; None where it is not."""
