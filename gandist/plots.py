@@ -47,7 +47,10 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], what: str, path: Path
         if len(tables) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xlabel="images", ylabel=what, yscale="log")
+    bottom, top = axes.get_ylim()
+    axes.set(xlabel="images", ylabel=what, yscale="log" if top > 3 * max(bottom, 1) else "linear")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
