@@ -132,7 +132,8 @@ class Player:
         self._statistics = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._spectral = [m for m in self.module.modules() if isinstance(m, parametrizations._SpectralNorm)]
         self._averaged_norms = _spectral_norms(self.ema) if self.ema is not None else []
-        self._buffers = [b for b in self.module.buffers() if b.is_floating_point()]
+        changing = (m for m in self.module.modules() if not getattr(m, "keeps_buffers", False))
+        self._buffers = [b for m in changing for b in m.buffers(recurse=False) if b.is_floating_point()]
         self._kept: list[Tensor] = []  # the statistics as they were before the turn
         # Whether its output for one row depends on the other rows.
         self.sees_batch = bool(self._statistics) or any(getattr(m, "sees_batch", False) for m in self.module.modules())

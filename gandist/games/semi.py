@@ -74,9 +74,7 @@ class Semi(Generative, Classifying):
     kind: Literal["semi"]
     fake_class: Literal["zero", "learned"] = "zero"  # the logit of K + 1: fixed, or an output with a softmax over all
     unlabelled_weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = (
-        0.0  # one-sided: the target of unlabelled rows is 1 less this
-    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # one-sided: the target of unlabelled rows is 1 less it
     feature_matching: FeatureMatching | None = FeatureMatching()
     adversarial: Literal["minimax", "non_saturating"] | None = None  # what the generator's loss has of the other games'
     conditional: bool = False  # the generator is told a class, and its samples should be of it

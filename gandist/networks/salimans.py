@@ -103,18 +103,9 @@ class MlpGenerator(GeneratorOptions):
             linear = nn.Linear(inputs, self.width, bias=False)
             nn.init.xavier_uniform_(linear.weight)
             layers += [linear, BatchNorm(self.width), nn.Softplus()]
-        last = nn.Linear(self.width, prod(shape), bias=False)
-        return nn.Sequential(
-            *layers,
-            self._last(last),
-            Unfold(shape, "sigmoid"),
-        )
-
-    @staticmethod
-    def _last(linear: nn.Linear) -> nn.Module:
-        normed = Normed(linear, deviation=0.05, learns_gain=True)
-        nn.init.xavier_uniform_(linear.weight)
-        return normed
+        last = Normed(nn.Linear(self.width, prod(shape), bias=False), deviation=0.05, learns_gain=True)
+        nn.init.xavier_uniform_(last.layer.weight)
+        return nn.Sequential(*layers, last, Unfold(shape, "sigmoid"))
 
 
 class MlpDiscriminator(DiscriminatorOptions):

@@ -52,6 +52,7 @@ class Normed(Measuring):
     """
 
     gain: Tensor
+    keeps_buffers = True  # no turn changes them: there is nothing for ranks to agree on
 
     def __init__(
         self, layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d, *, deviation: float, learns_gain: bool, starts_at: float = 1.0

@@ -41,6 +41,7 @@ class WithReference(nn.Module):
 
     noise: Tensor
     labels: Tensor
+    keeps_buffers = True  # no turn changes them: there is nothing for ranks to agree on
 
     def __init__(self, module: nn.Module, noise: Tensor, labels: Tensor | None = None) -> None:
         super().__init__()
