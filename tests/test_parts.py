@@ -193,7 +193,7 @@ def test_a_run_writes_down_which_samples_its_labels_come_from(
         ("data.buffer=10", "no effect with `reader: index`"),
         ("data.cache=here", "is local; leave it out"),
         ("data.cache_gib=1", "`cache_gib` has no effect"),
-        ("data.subset={per_class: 2000}", "asks for 2000"),
+        ("data.subset={per_class: 2000}", "class 0 has 1000 samples; use at most 1000"),
         ("data.split=tset", "is not a split"),
         ("data={path: DATA, shuffle: window, subset: {per_class: 3}}", "window has no effect"),
     ],
