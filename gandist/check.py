@@ -29,6 +29,11 @@ def missing_parts(game: Game, spec: Spec) -> Iterator[tuple[tuple[str, ...], str
             yield ("kind",), f"the game {game.kind} reads `{part}`, and the data has only {', '.join(spec.roles)}"
 
 
+def learned_from(split: str) -> str:
+    """Why a score on this split would mean nothing."""
+    return f"{split} is what the run learns from; name another split, or pack one with --split"
+
+
 def _check_first(data: DataOptions) -> None:
     """Reads the first sample; raises InputError, Failure or ValueError where it is not what `dataset.json` says."""
     reader = open_reader(data)
@@ -85,7 +90,7 @@ def contradictions(
                     ("data", "unlabelled_transform", "range" if other.mean is None else "mean"),
                     f"the game {game.kind} sees unlabelled images beside generated ones in −1 … 1; leave it out",
                 )
-        if data is not None and data.subset is not None and data.reader == "index":
+        if data is not None and data.subset is not None and data.subset.per_class and data.reader == "index":
             counts = Dataset(data.path).manifest.counts.get(data.split)
             fewest = min(counts.labels) if counts is not None and counts.labels else data.subset.per_class
             if fewest < data.subset.per_class:
@@ -93,6 +98,8 @@ def contradictions(
                     ("data", "subset", "per_class"),
                     f"{data.subset.per_class}, and class {counts.labels.index(fewest) if counts else 0} has {fewest} samples; use at most {fewest}",
                 )
+        if data is not None and run is not None and run.evaluate_images is not None and game.held_out == data.split:
+            source.fault(("game", "scores", "split"), learned_from(data.split))
         if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & parts:
             source.fault(
                 ("data", "unlabelled_transform"), f"the game {game.kind} reads no unlabelled images; leave it out"

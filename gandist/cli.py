@@ -159,7 +159,8 @@ def pack(
     .zip of such folders; a CSV of paths with labels and splits; IDX, NPZ and NPY arrays; CIFAR's binary version; 1-D signals as CSV or
     NPY; or WebDataset shards: 'data/train-{000..127}.tar', https://…, s3://…. Without any files: embedded:fashion-mnist, 10,000
     garments; generated:grid-25 and generated:ring-8, points of a mixture of Gaussians in the plane, generated:gaussian, numbers
-    of N(0, 1), and generated:strings, waveforms of a plucked guitar, all as signals.
+    of N(0, 1), and generated:strings, waveforms of a plucked guitar, all as signals; generated:fashion-scenes, several garments on
+    textured grounds, with masks.
 
     Files are stored as they are, unless --size asks for another one. A packing that was stopped goes on where it was, and any
     number of processes writes the same bytes. On several machines with one disk, run --part 1/N to N/N with otherwise the same
@@ -460,7 +461,9 @@ def evaluate(
     if as_json:
         beside = {"before": earlier} if before is not None else {}
         print(
-            json.dumps({"images": found.state.images, **evaluation.scores, **beside, "protocol": evaluation.protocol})
+            json.dumps(
+                {"images": found.state.images, **nested(evaluation.scores), **beside, "protocol": evaluation.protocol}
+            )
         )
         return
     _table(
@@ -471,6 +474,13 @@ def evaluate(
         + [("protocol", _protocol_in_words(evaluation.protocol))]
         + [("written to", str(path))]
     )
+
+
+def nested(scores: dict[str, float]) -> dict[str, Any]:
+    """Scores of classes, `iou/NAME`, as one mapping by name."""
+    found: dict[str, Any] = {name: value for name, value in scores.items() if not name.startswith("iou/")}
+    by_class = {name.removeprefix("iou/"): value for name, value in scores.items() if name.startswith("iou/")}
+    return found | ({"iou": by_class} if by_class else {})
 
 
 @app.command()
@@ -581,15 +591,19 @@ def predict(
         str, typer.Option(help="what becomes of damaged images: refuse (and name the first), or skip (and count)")
     ] = "refuse",
 ) -> None:
-    """Name the class of each image, with the classifier of a run of the game `semi`.
+    """Name the class of each image, with the classifier of a run of the game `semi`, or of each pixel, with the segmenter of `segment`.
 
-    Writes predictions.csv: for each image its likeliest class, that one's probability, how much it looks like the generator's
+    The segmenter writes for each image a mask (palette PNG of its size, class numbers as values), an overlay with a legend, and a row
+    of predictions.csv.
+
+    The classifier writes predictions.csv: for each image its likeliest class, that one's probability, how much it looks like the generator's
     samples (`fake`, 0 … 1), its label where the input has one, and the probabilities of all classes; and sheets of the least certain
     images and of the likeliest fakes. docs/semi.md says what `fake` does not tell.
     """
     import torch
 
     from gandist import checkpoint
+    from gandist.masks import MaskPredictor, write_masks
     from gandist.predict import Predictor, write_predictions
     from gandist.sample import refuse_taken
 
@@ -599,12 +613,23 @@ def predict(
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
         "cpu"
     )
-    predictor = Predictor(found, device, skip=bad == "skip", split=split)
+    options: Any = {"skip": bad == "skip", "split": split}
+    segments = found.state.spec.mask is not None and "segmenter.safetensors" in found.files
+    predictor = None if segments else Predictor(found, device, **options)
+    segmenter = MaskPredictor(found, device, **options) if segments else None
     folder = checkpoint.outside(out or found.folder.parent.parent / "predictions" / found.folder.name)
     refuse_taken(folder, "predictions.csv")
     with _bar("predicting") as bar:
         task = bar.add_task("", total=None)
-        told = [*write_predictions(predictor, inputs, folder, lambda done, _: bar.update(task, completed=done))]
+
+        def progress(done: int, _: int) -> None:
+            bar.update(task, completed=done)
+
+        if segmenter is not None:
+            told = [*write_masks(segmenter, inputs, folder, progress)]
+        else:
+            assert predictor is not None
+            told = [*write_predictions(predictor, inputs, folder, progress)]
     for line in told:
         print(printable(line))
 

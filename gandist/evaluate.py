@@ -11,8 +11,9 @@ import yaml
 from pydantic import ConfigDict, Field, PlainValidator, SerializeAsAny, ValidationError
 
 from gandist import checkpoint
-from gandist.check import contradictions
-from gandist.data.opening import data_spec
+from gandist.check import contradictions, learned_from
+from gandist.data.dataset import Dataset
+from gandist.data.opening import data_digest, data_spec
 from gandist.evaluations import channels, write_evaluation
 from gandist.game import GAMES, Evaluation, Game
 from gandist.launcher import World
@@ -22,7 +23,7 @@ from gandist.recipe import InputError, Recipe, Section, load, wording
 from gandist.restored import restored
 
 _MAX_EVALUATION = 4 << 20
-MAY_CHANGE = ("data.", "game.scores.")  # by overrides: what the weights do not depend on
+MAY_CHANGE = ("data.", "game.scores.", "game.inference.")  # by overrides: what the weights do not depend on
 
 
 class _Written(Section):
@@ -37,7 +38,10 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
     """The recipe of a checkpoint under overrides of its data and its scores; raises InputError."""
     for override in overrides:
         if not override.startswith(MAY_CHANGE):
-            raise InputError(f"{override}: only `data.…` and `game.scores.…` can be changed for trained weights")
+            raise InputError(
+                f"{override}: only `data.…`, `game.scores.…` and `game.inference.…` can be changed for trained weights"
+            )
+    overrides = [*overrides, *_only_split(found, overrides)]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "recipe.yaml"
         path.write_text(yaml.safe_dump(found.state.recipe, sort_keys=False))
@@ -59,6 +63,23 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
     return recipe
 
 
+def _only_split(found: checkpoint.Checkpoint, overrides: list[str]) -> list[str]:
+    """Another dataset of one split alone is scored on that one, whatever it is called."""
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
+    if "data.path" not in given:
+        return []
+    splits = [*Dataset(given["data.path"]).manifest.splits]
+    scores = found.state.recipe.get("game", {}).get("scores", {})
+    wanted = {"data.split": found.state.recipe.get("data", {}).get("split", "train")}
+    if isinstance(scores, dict) and isinstance(scores.get("split"), str):
+        wanted["game.scores.split"] = scores["split"]
+    return [
+        f"{key}={splits[0]}"
+        for key, split in wanted.items()
+        if len(splits) == 1 and key not in given and split != splits[0]
+    ]
+
+
 def evaluate(
     found: checkpoint.Checkpoint, overrides: list[str], world: World, out: Path | None = None
 ) -> tuple[Evaluation | None, Path | None]:
@@ -70,6 +91,8 @@ def evaluate(
     _, players = restored(found, world.device)
     assert isinstance(recipe.game, Game)
     spec = data_spec(recipe.data)
+    if recipe.game.held_out == recipe.data.split and data_digest(recipe.data) == found.state.decisive.get("data"):
+        raise InputError(f"`game.scores.split`: {learned_from(recipe.data.split)}")
     if spec.image != found.state.spec.image or spec.signal != found.state.spec.signal:
         raise InputError(
             f"`data.path`: {recipe.data.path} has other samples than those that {found.folder} was trained on"

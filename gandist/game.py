@@ -6,9 +6,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from gandist.data.dataset import Spec
@@ -19,6 +20,7 @@ from gandist.networks.noise import BLOCK, SPREAD, Distribution, Noise, Width
 from gandist.networks.starting import MAX_REFERENCE, START
 from gandist.player import Player, PlayerOptions, Remembered
 from gandist.recipe import Choice, DataOptions, Section, installed
+from gandist.windows import InferenceOptions
 
 Players = Mapping[str, Player]
 SAMPLES = 64  # in the grids that a run draws of itself
@@ -89,12 +91,28 @@ class Side(NamedTuple):
     remembered: Remembered = Remembered()
 
 
+class Table(NamedTuple):
+    """Rows of words and numbers under the names of their columns."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str | float | None, ...]]
+
+
+class Panels(NamedTuple):
+    """Images (C, H, W) in −1 … 1 of any sizes, each with its caption."""
+
+    images: list[Tensor]
+    captions: list[str]
+
+
 class Evaluation(NamedTuple):
-    """Scores by name, the protocol that defines them (only scores of one protocol may be compared), and curves to look at."""
+    """Scores by name, the protocol that defines them (only scores of one protocol may be compared), and what else is worth a look."""
 
     scores: dict[str, float]
     protocol: dict[str, Any]
     curves: dict[str, list[float]] = {}
+    tables: dict[str, Table] = {}
+    panels: dict[str, Panels] = {}
 
 
 class Evaluator(Protocol):
@@ -121,7 +139,7 @@ class Game(Section):
         """The players by name."""
 
     @abstractmethod
-    def phases(self) -> tuple[Phase, ...]:
+    def phases(self, spec: Spec) -> tuple[Phase, ...]:
         """The moves of one step, in order."""
 
     @abstractmethod
@@ -141,6 +159,11 @@ class Game(Section):
     def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
         """Changes initial weights, on one process, by `start_samples` samples of the first part that it reads."""
 
+    @property
+    def held_out(self) -> str | None:
+        """The split that it is scored on, where that must not be the one that it learns from."""
+        return None
+
     def symptoms(self, row: Mapping[str, float]) -> Iterator[Symptom]:
         """What a row of the log says is wrong with the game."""
         yield from ()
@@ -149,9 +172,17 @@ class Game(Section):
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> Evaluator:
         """Makes ready to score players on the data; raises InputError where something that it needs is not there."""
 
+    def refuse_unready(self) -> None:
+        """Raises InputError or Failure where a file that a new run starts from is not there."""
+
     @abstractmethod
-    def samples(self, players: Players, spec: Spec, count: int, seed: int) -> Iterator[Tensor]:
-        """Images (B, C, H, W) in −1 … 1 or signals (B, C, L) to look at, the same for the same seed and weights."""
+    def samples(
+        self, players: Players, spec: Spec, count: int, seed: int, some: Callable[[int], Batch]
+    ) -> Iterator[Tensor]:
+        """Images (B, C, H, W) in −1 … 1 or signals (B, C, L) to look at, the same for the same seed and weights.
+
+        `some` reads so many rows of the data, or fewer where there are fewer, on the CPU.
+        """
 
 
 class GeneratorSide(PlayerOptions):
@@ -237,7 +268,9 @@ class Generative(Game):
                     asked[: len(rows)] = labels[rows.start : rows.stop]
                 yield rows.start, self.make(module, latents, asked)[: len(rows)].float()
 
-    def samples(self, players: Players, spec: Spec, count: int, seed: int) -> Iterator[Tensor]:
+    def samples(
+        self, players: Players, spec: Spec, count: int, seed: int, some: Callable[[int], Batch] | None = None
+    ) -> Iterator[Tensor]:
         for _, made in self.made(players, spec, count, seed):
             yield made.cpu()
 
@@ -253,6 +286,20 @@ class Classifying(Game):
     def tells_fakes(self) -> bool:
         """Whether it learned to tell real images from generated ones."""
         return True
+
+
+class Segmenting(Game):
+    """A game whose player `segmenter` gives logits (B, K, h, w) of the classes of places of images (B, C, H, W)."""
+
+    # Not decisive for a weight, and yet a part of what is restored: it says how images are answered.
+    inference: Annotated[InferenceOptions, Field(json_schema_extra={"harmless": True, "kept": True})] = (
+        InferenceOptions()
+    )
+
+    @property
+    @abstractmethod
+    def stride(self) -> int:
+        """Pixels of the image, in each direction, for one place of the logits."""
 
 
 def draws_each_step(phases: tuple[Phase, ...]) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 from gandist.data.opening import open_reader
 from gandist.data.stream import PARTS, Batch, Share, Stream
 from gandist.game import Game
-from gandist.pictures import beside_masks, save_png, sheet, shown, unit_range
+from gandist.palette import beside
+from gandist.pictures import save_png, sheet, shown, unit_range
 from gandist.recipe import Failure, InputError, Recipe
 
 
@@ -82,4 +83,4 @@ def looked_at(batch: Batch) -> Tensor:
     if "signal" in parts:
         return parts["signal"]
     images = unit_range(parts["image"] if "image" in parts else parts["unlabelled"])
-    return beside_masks(images, parts["mask"]) if "mask" in parts else images
+    return beside(images, parts["mask"]) if "mask" in parts else images

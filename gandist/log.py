@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from gandist.game import Table
 from gandist.pictures import save_png
 
 QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -59,6 +60,8 @@ class Tracker(Protocol):
 
     def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> None: ...
 
+    def table(self, name: str, table: Table, images: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -91,6 +94,10 @@ class Wandb:
     def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> None:
         self._run.log({name: self._wandb.Image(picture.squeeze()), "images": images})
 
+    def table(self, name: str, table: Table, images: int) -> None:
+        rows = [list(row) for row in table.rows]
+        self._run.log({name: self._wandb.Table(columns=list(table.columns), data=rows), "images": images})
+
     def close(self) -> None:
         self._run.finish()
 
@@ -110,6 +117,11 @@ class TensorBoard:
 
     def picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> None:
         self._writer.add_image(name, picture, images, dataformats="HWC")
+
+    def table(self, name: str, table: Table, images: int) -> None:
+        lines = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.rows]
+        head = [list(table.columns), ["---"] * len(table.columns)]
+        self._writer.add_text(name, "\n".join(f"| {' | '.join(cells)} |" for cells in [*head, *lines]), images)
 
     def close(self) -> None:
         self._writer.close()
@@ -168,8 +180,17 @@ class Log:
             save_png(picture, path)
         except OSError as error:
             print(f"gandist: {path}: {error.strerror or error}; the picture is lost", file=sys.stderr)
+        self.mirror_picture(name, picture, images)
+
+    def mirror_picture(self, name: str, picture: npt.NDArray[np.uint8], images: int) -> None:
+        """Shows the trackers a picture."""
         for key, tracker in list(self._trackers.items()):
             self._mirror(key, partial(tracker.picture, name, picture, images))
+
+    def mirror_table(self, name: str, table: Table, images: int) -> None:
+        """Shows the trackers a table."""
+        for key, tracker in list(self._trackers.items()):
+            self._mirror(key, partial(tracker.table, name, table, images))
 
     def close(self) -> None:
         """Closes the mirrors and the record."""

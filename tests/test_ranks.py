@@ -72,9 +72,9 @@ def _play(data: str, steps: int, batch_norm: bool) -> tuple[dict[str, Tensor], i
         if isinstance(player.wrapped, DistributedDataParallel):
             player.wrapped.register_comm_hook(None, count)
     stream = open_stream(data, batch=8, rank=rank, ranks=ranks, accumulate=2)
-    clock = Clock(8, 10**6)
+    clock, phases = Clock(8, 10**6), game.phases(stream.spec)
     for _ in range(steps):
-        for phase, numbers in zip(game.phases(), draws(game.phases(), clock.step), strict=True):
+        for phase, numbers in zip(phases, draws(phases, clock.step), strict=True):
             for draw in numbers:
                 with players[phase.player].turn(clock.images, clock.batch, 2) as turn:
                     for batch in turn.accumulate(stream.read(draw)):

@@ -375,7 +375,7 @@ def table(data: object, game: Semi, start: bool = True) -> Table:
     recipe = Recipe.model_construct(data=options, game=game, run=RunOptions(folder="none", images=10**6, batch=BATCH))
     stream = open_stream(
         data, parts=("unlabelled", "unlabelled_again", "image", "label"), batch=BATCH, rank=rank, ranks=ranks,
-        recall=draws_each_step(game.phases()), workers=0, subset=options.subset,
+        recall=draws_each_step(game.phases(Dataset(data).spec("train"))), workers=0, subset=options.subset,
     )  # fmt: skip
     players = make_players(recipe, stream.spec, CPU, "fp32")
     if start and game.start_samples:
@@ -452,7 +452,7 @@ def test_the_gradient_of_feature_matching_is_that_of_the_whole_batch(garments: P
 
 def test_both_players_move_and_neither_moves_in_the_others_turn(garments: Path) -> None:
     at = table(garments, semi())
-    for phase, mover in zip(at.game.phases(), ("discriminator", "generator"), strict=True):
+    for phase, mover in zip(at.phases, ("discriminator", "generator"), strict=True):
         before = tensors(at.players)
         with at.players[phase.player].turn(0, BATCH) as turn:
             loss, _ = phase.loss(at.players, at.draw(0), at.clock)

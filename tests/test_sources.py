@@ -24,12 +24,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, open_stream
+from conftest import ENVIRONMENT, ROOT, open_stream, run
 from PIL import Image
 
+from gandist.data.dataset import Dataset
 from gandist.data.sources import Item, Source
+from gandist.data.sources.arrays import GARMENTS, embedded_source
 from gandist.data.sources.generated import GENERATED, OPEN_STRINGS, RATE, mixture, string
 from gandist.data.sources.open import open_source
+from gandist.data.sources.scenes import CLASSES, SAMPLES, SIZE, WORN, scene
 from gandist.pictures import curves
 from gandist.recipe import Failure, InputError
 
@@ -735,7 +738,8 @@ def test_a_remote_archive_of_a_tree_is_not_taken_for_unlabelled_shards(
         ("nothing.tar", "does not exist; known: IDX"),
         ("embedded:fashion", "did you mean `fashion-mnist`"),
         ("generated:grid", "did you mean `grid-25`"),
-        ("generated:", "no such formula; known: gaussian, grid-25, ring-8, strings"),
+        ("generated:fashion", "did you mean `fashion-scenes`"),
+        ("generated:", "no such formula; known: fashion-scenes, gaussian, grid-25, ring-8, strings"),
         ("x\0y", "NUL"),
         ("x" * 5000, "4096"),
         ("x" * 3000, "cannot be read|does not exist"),
@@ -768,7 +772,7 @@ def test_a_generated_item_is_the_same_alone_and_in_order_and_no_two_are_alike(na
         last = split.samples - 1
         backwards = [second.splits[key].read(number) for number in (last, *reversed(range(30)))]
         assert [split.read(number) for number in (*range(30), last)] == backwards[::-1]
-        seen |= {item.members["signal.npy"] for item in backwards}
+        seen |= {next(iter(item.members.values())) for item in backwards}
     assert len(seen) == 31 * len(first.splits)
 
 
@@ -872,3 +876,80 @@ def test_a_size_has_no_effect_on_what_is_generated_and_is_refused(gandist: Calla
     assert result.code == 2
     assert "--size 64: has no effect on generated signals" in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_scenes_of_test_show_no_garment_of_train_and_every_garment_keeps_its_class() -> None:
+    labels = items(embedded_source("fashion-mnist"))
+    assert {*WORN["train"], *WORN["test"]} == {*range(len(labels))}
+    shown: dict[str, set[int]] = {"train": set(), "test": set()}
+    for split, numbers in {"train": (*range(150), 3999), "test": (4000, *range(4001, 4150))}.items():
+        classes = set()
+        for number in numbers:
+            found = scene(number)
+            assert 3 <= len(found.garments) <= 6
+            assert found.image.shape == (SIZE, SIZE, 3)
+            assert found.mask.shape == (SIZE, SIZE)
+            worn = {1 + int(labels[which].members["cls"]) for which in found.garments}
+            assert {*np.unique(found.mask).tolist()} <= {0, *worn}
+            classes |= {*np.unique(found.mask).tolist()}
+            shown[split] |= {*found.garments}
+        assert classes == {*range(11)}
+    assert not shown["train"] & shown["test"]
+
+
+def test_no_threshold_tells_the_garments_of_scenes_from_their_grounds() -> None:
+    found = [scene(number) for number in range(150)]
+    garment = np.stack([one.mask > 0 for one in found])
+    images = np.stack([one.image for one in found]).astype(np.float64)
+    assert 0.25 < garment.mean() < 0.5
+    for values in (*np.moveaxis(images, 3, 0), images.mean(3), images.max(3) - images.min(3)):
+        for threshold in range(0, 256, 8):
+            right = ((values > threshold)[garment].mean() + (values <= threshold)[~garment].mean()) / 2
+            assert 0.4 < right < 0.6
+
+
+def test_scenes_are_packed_by_the_command_with_the_names_of_their_classes(
+    gandist: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SAMPLES, "train", 240)  # of 4,000, which take 15 seconds
+    monkeypatch.setitem(SAMPLES, "test", 60)
+    result = gandist("pack", "generated:fashion-scenes", tmp_path / "out", "--workers", 1)
+    assert result.code == 0, result.err
+    for line in (
+        "240 samples in 1 shard",
+        "60 samples in 1 shard",
+        "64×64, 3 channels",
+        "11 background, T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot",
+        "ignored 0.0%",
+    ):
+        assert line in result.out
+    manifest = Dataset(tmp_path / "out").manifest
+    assert manifest.label is None
+    assert manifest.mask.names == CLASSES == ("background", *GARMENTS)
+    for name, counts in manifest.counts.items():
+        assert sum(counts.mask_pixels) == SAMPLES[name] * SIZE * SIZE
+        assert all(0 < count < present for count, present in zip(counts.mask_pixels, counts.mask_present, strict=True))
+    stream = open_stream(tmp_path / "out", parts=("image", "mask"), batch=8, split="test")
+    (batch,) = stream.read(0)
+    for row, number in enumerate(batch.numbers["image"]):
+        made = scene(240 + int(stream.reader.key(number)))
+        assert np.array_equal(batch["mask"][row].numpy(), made.mask)
+    stream.close()
+
+
+def test_scenes_are_the_same_bytes_from_another_process_and_another_division(gandist: Callable, tmp_path: Path) -> None:
+    command = ("pack", "generated:fashion-scenes")
+    assert gandist(*command, tmp_path / "one", "--shard-samples", 100, "--part", "9/9").code == 0
+    assert run(*command, tmp_path / "other", "--shard-samples", 100, "--part", "15/15").code == 0
+    one, other = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")} for name in ("one", "other"))
+    both = {name for name in one.keys() & other.keys() if name.endswith((".tar", ".idx"))}
+    assert both == {"test-000004.tar", "test-000004.idx"}  # the last of 45
+    assert {name: one[name] for name in both} == {name: other[name] for name in both}
+
+
+def test_scenes_have_the_size_that_is_asked_for(gandist: Callable, tmp_path: Path) -> None:
+    options = ("--size", 16, "--shard-samples", 100, "--part", "1/45")
+    assert gandist("pack", "generated:fashion-scenes", tmp_path / "out", *options).code == 0
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as archive:
+        shapes = {name.partition(".")[2]: npy(archive.extractfile(name).read()).shape for name in archive.getnames()}
+    assert shapes == {"npy": (16, 16, 3), "mask.npy": (16, 16)}

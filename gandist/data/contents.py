@@ -53,14 +53,17 @@ class Contents(Section):
     labels: tuple[Natural, ...] = ()  # samples by class
     masked: Natural = 0
     mask_pixels: tuple[Natural, ...] = (0,) * 256  # pixels by value
+    mask_present: tuple[Natural, ...]  # as in `Counts`, by value; no default, so that notes that lack it are not taken
     skipped: tuple[str, ...] = ()
 
 
-def examine(path: Path, *, decode: bool = False, progress: Callable[[int], None] = lambda _: None) -> Contents:
+def examine(
+    path: Path, *, ignore: int | None, decode: bool = False, progress: Callable[[int], None] = lambda _: None
+) -> Contents:
     """Scans a shard, looks at the head of every member, writes its index beside it and returns what it holds.
 
-    With `decode` every image is decoded to its end, which finds damage that its head does not show. Raises InputError
-    naming shard, sample and rule.
+    `ignore` is the mask value of pixels that have no class. With `decode` every image is decoded to its end, which finds damage
+    that its head does not show. Raises InputError naming shard, sample and rule.
     """
     if not re.fullmatch(SHARD_NAME, path.name):
         raise InputError(
@@ -70,7 +73,7 @@ def examine(path: Path, *, decode: bool = False, progress: Callable[[int], None]
     channels: set[int] = set()
     signals: set[Pair] = set()
     labels: Counter[int] = Counter()
-    pixels = np.zeros(256, np.int64)
+    pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
     masked = 0
     with mapped(path) as data:
         samples = group(path, members(path, data))
@@ -89,7 +92,9 @@ def examine(path: Path, *, decode: bool = False, progress: Callable[[int], None]
                     classes = mask_classes(bytes_of["mask"], sample.members["mask"].suffix)
                     if classes.shape != size:
                         raise ValueError(f"has a mask of {classes.shape[1]}×{classes.shape[0]} pixels for another size")
-                    pixels += np.bincount(classes.ravel(), minlength=256)
+                    found = np.bincount(classes.ravel(), minlength=256)
+                    pixels += found
+                    present[found > 0] += classes.size - (found[ignore] if ignore is not None else 0)
                     masked += 1
             except ValueError as error:
                 raise InputError(f"{path}: sample {sample.key!r} {error}") from None
@@ -116,6 +121,7 @@ def examine(path: Path, *, decode: bool = False, progress: Callable[[int], None]
         labels=tuple(labels[number] for number in range(max(labels, default=-1) + 1)),
         masked=masked,
         mask_pixels=tuple(pixels.tolist()),
+        mask_present=tuple(present.tolist()),
     )
 
 
@@ -158,8 +164,8 @@ def finish(
 ) -> Dataset:
     """Adds up what all shards hold and writes `dataset.json`, last, so that a folder that has one is complete.
 
-    `found` are the names of the labels in the source; names `given` by the user are those of the masks where there are any, and
-    else of the labels. Raises InputError.
+    `found` are the names in the source, of the labels or, where there are none, of the masks; names `given` by the user are
+    those of the masks where there are any, and else of the labels. Raises InputError.
     """
     every = [contents for parts in splits.values() for contents in parts]
     samples = sum(contents.shard.samples for contents in every if contents.shard)
@@ -191,7 +197,8 @@ def finish(
             )
         if len(given) > 256:
             raise InputError(f"{folder}: --names has {len(given)} names; masks have at most 256 classes")
-        mask = MaskSpec(classes=_classes(values, given), ignore=ignore, names=_fitting(values, given))
+        names = given or (() if labelled else found)
+        mask = MaskSpec(classes=_classes(values, names), ignore=ignore, names=_fitting(values, names))
     label = None
     if labelled:
         classes = [number for contents in every for number in [len(contents.labels) - 1]]
@@ -235,11 +242,13 @@ def _counts(found: list[Contents], label: LabelSpec | None, mask: MaskSpec | Non
     for contents in found:
         labels[: len(contents.labels)] += np.array(contents.labels, np.int64)
     pixels = np.sum([contents.mask_pixels for contents in found], axis=0)
+    present = np.sum([contents.mask_present for contents in found], axis=0)
+    classes = range(mask.classes if mask else 0)
+    ignore = mask.ignore if mask else None
     return Counts(
         labels=tuple(labels.tolist()),
-        mask_pixels=tuple(0 if mask.ignore == value else int(pixels[value]) for value in range(mask.classes))
-        if mask
-        else (),
-        ignored_pixels=int(pixels[mask.ignore]) if mask and mask.ignore is not None else 0,
+        mask_pixels=tuple(0 if value == ignore else int(pixels[value]) for value in classes),
+        mask_present=tuple(0 if value == ignore else int(present[value]) for value in classes),
+        ignored_pixels=int(pixels[ignore]) if ignore is not None else 0,
         skipped=sum(len(contents.skipped) for contents in found),
     )

@@ -8,9 +8,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from gandist.data.decode import MAX_CHANNELS, MAX_PIXELS, MAX_SIGNAL
 from gandist.data.index import ShardIndex, index_path
@@ -95,13 +95,15 @@ class Shard(Section):
 
 
 class Spec(Section):
-    """What a game is told of the data; `samples` is None where nobody counted them."""
+    """What a game is told of the data; `samples` is None, and pixels are (), where nobody counted them."""
 
     samples: Count | None
     image: ImageSpec | None
     label: LabelSpec | None
     mask: MaskSpec | None = None
     signal: SignalSpec | None = None
+    mask_pixels: tuple[Natural, ...] = ()  # as in `Counts`
+    mask_present: tuple[Natural, ...] = ()
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -120,12 +122,23 @@ class Spec(Section):
 
 
 class Counts(Section):
-    """What a split holds by class: samples by label, pixels by mask class, and files left out because they are damaged."""
+    """What a split holds by class: samples by label, pixels by mask class, and files left out because they are damaged.
+
+    `mask_present` are the pixels, but for ignored ones, of the images in which a class occurs: `mask_pixels` over these is the
+    frequency whose median weighs the classes in Eigen and Fergus (2015).
+    """
 
     labels: tuple[Natural, ...] = ()
     mask_pixels: tuple[Natural, ...] = ()
+    mask_present: tuple[Natural, ...] = ()
     ignored_pixels: Natural = 0
     skipped: Natural = 0
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_counted(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So a dataset without masks has the digest that it had before `mask_present` was counted.
+        found: dict[str, Any] = dump(self)
+        return {name: value for name, value in found.items() if name != "mask_present" or value}
 
 
 class Manifest(Section):
@@ -226,7 +239,16 @@ class Dataset:
         """Counts and sizes of a split as it is stored."""
         m = self.manifest
         samples = sum(shard.samples for shard in self.shards(split))
-        return Spec(samples=samples, image=m.image, label=m.label, mask=m.mask, signal=m.signal)
+        counts = m.counts.get(split, Counts())
+        return Spec(
+            samples=samples,
+            image=m.image,
+            label=m.label,
+            mask=m.mask,
+            signal=m.signal,
+            mask_pixels=counts.mask_pixels,
+            mask_present=counts.mask_present,
+        )
 
     def check_sizes(self, split: str) -> None:
         """Refuses, at a cost of two `stat` a shard, local shards that are missing or were replaced; raises InputError."""

@@ -16,10 +16,10 @@ def refuse_leaks(options: DataOptions) -> None:
     assert options.subset is not None
     reader = open_reader(options)
     try:
-        label = reader.dataset.spec(options.split).label
-        if label is None or "image" not in reader.dataset.spec(options.split).roles:
+        spec = reader.dataset.spec(options.split)
+        if "image" not in spec.roles or (options.subset.per_class is not None and spec.label is None):
             return
-        chosen = choose(reader, options, label.classes)
+        chosen = choose(reader, options, spec.label.classes if spec.label is not None else None)
         digests = reader.digests("image")[chosen]
         for split in reader.dataset.manifest.splits:
             if split == options.split:

@@ -37,6 +37,7 @@ from gandist.data.decode import (
     ENCODED,
     MAX_PIXELS,
     ROLES,
+    SIGNAL_SUFFIX,
     channels_of,
     check_encoded,
     image_shape,
@@ -178,7 +179,8 @@ class Packing:
 
 def _check_fits(found: Source, options: Options) -> None:
     """Refuses a size where there are no images, and shares that the source cannot be divided into; raises InputError."""
-    if options.size is not None and found.record.get("kind") == "generated":
+    generated = found.record.get("kind") == "generated"
+    if options.size is not None and generated and SIGNAL_SUFFIX in found.splits["train"].read(0).members:
         raise InputError(f"--size {options.size}: has no effect on generated signals; leave it out")
     if not options.splits:
         return
@@ -317,10 +319,10 @@ def _write_shard(packing: Packing, job: Job) -> Contents:
             file.flush()
             os.fsync(file.fileno())
         if len(skipped) == len(job.items):
-            contents = Contents(skipped=tuple(skipped))  # and no tar: a shard holds at least one sample
+            contents = Contents(mask_present=(0,) * 256, skipped=tuple(skipped))  # and no tar: a shard holds a sample
         else:
             aside.replace(path)
-            contents = examine(path).model_copy(update={"skipped": tuple(skipped)})
+            contents = examine(path, ignore=packing.options.ignore).model_copy(update={"skipped": tuple(skipped)})
     finally:
         aside.unlink(missing_ok=True)
     write_atomically(_note(path), contents.model_dump_json().encode())
@@ -588,15 +590,17 @@ def index(
     store = Store.at(parent)
     found = []
     for name in sorted(files):
-        found.append(_index_one(store, name, folder, decode, progress))
+        found.append(_index_one(store, name, folder, decode, ignore, progress))
     apart = None if out is None else (parent if is_remote(parent) else str(Path(parent).resolve()))
     return finish(folder, {split: found}, {"kind": "shards"}, given=names, ignore=ignore, shards_at=apart)
 
 
-def _index_one(store: Store, name: str, folder: Path, decode: bool, progress: Callable[[int], None]) -> Contents:
+def _index_one(
+    store: Store, name: str, folder: Path, decode: bool, ignore: int | None, progress: Callable[[int], None]
+) -> Contents:
     """Examines one shard where it lies, or a copy of it that is fetched and removed again."""
     if store.local is not None and store.local.resolve() == folder.resolve():
-        return examine(store.local / name, decode=decode, progress=progress)
+        return examine(store.local / name, ignore=ignore, decode=decode, progress=progress)
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         copy = Path(aside) / name
         if store.local is not None:
@@ -604,7 +608,7 @@ def _index_one(store: Store, name: str, folder: Path, decode: bool, progress: Ca
         else:
             store.fetch(name, copy)
         try:
-            contents = examine(copy, decode=decode, progress=progress)
+            contents = examine(copy, ignore=ignore, decode=decode, progress=progress)
         except InputError as error:
             raise InputError(
                 str(error).replace(str(copy), store.name(name))

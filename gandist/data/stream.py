@@ -27,11 +27,13 @@ from gandist.data.decode import (
     signal_values,
 )
 from gandist.data.order import Full, Order, Permutation, Windowed, places_of
-from gandist.data.read import BadSample, Reader
-from gandist.data.transform import Moves, moves, result, values
+from gandist.data.read import BadSample, Member, Reader
+from gandist.data.transform import GREY, Moves, laid, moves, result, values
 from gandist.recipe import DataOptions, Failure, InputError, TransformOptions
 from gandist.seeding import derive
 
+IGNORED = -1  # in a mask: no class
+EXTENT = "/extent"  # of a part: how much of each canvas its image takes
 MAX_SUBSTITUTES = 100  # samples tried in the place of a bad one
 
 
@@ -59,8 +61,9 @@ _PURPOSES = {"labelled": "order", "unlabelled": "order/unlabelled", "unlabelled_
 class Batch:
     """The rows of a global batch that this process works on, on its device.
 
-    image, unlabelled: (B, C, H, W) float, channels last in memory.  label: (B,) int64.  mask: (B, H, W) int64.
-    signal: (B, C, L) float.  numbers: the sample numbers of each row by part.
+    image, unlabelled: (B, C, H, W) float, channels last in memory.  label: (B,) int64.  mask: (B, H, W) int64, `IGNORED` where a
+    pixel has no class.  signal: (B, C, L) float.  numbers: the sample numbers of each row by part.  made: what a phase leaves to a later one of the
+    same step and draw, so that nothing is computed twice.
     """
 
     parts: dict[str, Tensor]
@@ -70,9 +73,17 @@ class Batch:
     seed: int
     device: torch.device
     numbers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, part: str) -> Tensor:
         return self.parts[part]
+
+    def extent(self, part: str) -> Tensor:
+        """(B, 2) int64: height and width of each image at the upper left of its canvas."""
+        images = self.parts[part]
+        if (found := self.parts.get(part + EXTENT)) is not None:
+            return found
+        return torch.tensor(images.shape[2:], device=images.device).expand(len(images), 2)
 
     def source(self, purpose: str) -> torch.Generator:
         """Random numbers for the whole global batch, the same on every process, which then takes its own rows of them."""
@@ -167,20 +178,31 @@ def view_spec(spec: Spec, options: DataOptions) -> Spec:
         if options.unlabelled_transform is not None and result(options.unlabelled_transform, stored) != image:
             raise ValueError("`unlabelled_transform` gives images of another size than `transform`")
     samples = spec.samples
-    if options.subset is not None:
+    if options.subset is not None and options.subset.per_class is not None:
         if spec.label is None:
-            raise ValueError("`subset` chooses by class, and the dataset has no labels")
+            raise ValueError("`subset.per_class` chooses by class, and the dataset has no labels; use `subset.samples`")
         samples = options.subset.per_class * spec.label.classes
+    elif options.subset is not None:
+        samples = options.subset.samples
     return spec.model_copy(update={"image": image, "samples": samples})
 
 
-def choose(reader: Reader, options: DataOptions, classes: int) -> npt.NDArray[np.uint64]:
-    """The samples of `data.subset`: the first of each class in an order of its own; raises InputError where a class has too few.
+def choose(reader: Reader, options: DataOptions, classes: int | None) -> npt.NDArray[np.uint64]:
+    """The samples of `data.subset`: the first, or the first of each class, in an order of its own; raises InputError where there are
+    too few.
 
     Labels are read one by one until every class has its number; with a quarantine those that are damaged are passed over.
     """
     subset = options.subset
     assert subset is not None
+    if subset.samples is not None:
+        if subset.samples > len(reader):
+            raise InputError(
+                f"`data.subset`: `samples` asks for {subset.samples}, and the split has {len(reader)}; use at most as many"
+            )
+        return Permutation(len(reader), subset.seed, "subset", 0)(np.arange(subset.samples, dtype=np.uint64))
+    assert subset.per_class is not None
+    assert classes is not None
     counts = reader.dataset.manifest.counts.get(options.split)
     known = list(counts.labels) if counts is not None and counts.labels else [subset.per_class] * classes
     left, found = [subset.per_class] * classes, list[int]()
@@ -206,6 +228,20 @@ def choose(reader: Reader, options: DataOptions, classes: int) -> npt.NDArray[np
     raise InputError(
         f"`data.subset`: class {short} has {has[short]} samples in the split, and `per_class` asks for {subset.per_class}"
     )
+
+
+def whole_image(member: Member, stored: ImageSpec | None) -> Pixels:
+    """(H, W, C) pixels of an image in its own size; raises ValueError where it is damaged or not what the dataset says."""
+    assert stored is not None
+    height, width = image_shape(member[1], member[0])[:2]
+    if stored.height is not None and (height, width) != (stored.height, stored.width):
+        raise ValueError(f"is {width}×{height}, and the dataset says {stored.width}×{stored.height}")
+    pixels = decoded(member[1], member[0], stored.channels)
+    if pixels.shape[2] != stored.channels:
+        if pixels.shape[2] != 1:
+            raise ValueError(f"has {pixels.shape[2]} channels, and the dataset says {stored.channels}")
+        pixels = np.broadcast_to(pixels, (height, width, stored.channels))
+    return pixels
 
 
 @dataclass
@@ -253,7 +289,8 @@ class Stream:
         self.spec = view_spec(self.stored, options)
         self.batch, self.seed, self.device, self.rows = share.batch, share.seed, share.device, share.rows
         self.waited = 0.0
-        self.subset = choose(reader, options, self.spec.label.classes) if options.subset and self.spec.label else None
+        classes = self.spec.label.classes if self.spec.label is not None else None
+        self.subset = choose(reader, options, classes) if options.subset is not None else None
         self.views = self._views(share.parts)
         self._ahead = max(2, options.workers)
         self._threads = ThreadPoolExecutor(options.workers, "stream") if options.workers else None
@@ -354,6 +391,8 @@ class Stream:
             arrays["image"] = rows[:, len(view.header) :].reshape(count, image.height, image.width, image.channels)
             if "mask" in view.parts:
                 arrays["mask"] = np.empty((count, image.height, image.width), np.uint8)
+            if view.transform.canvas is not None:
+                arrays["extent"] = np.empty((count, 2), np.int64)
         if "label" in view.parts:
             arrays["label"] = np.empty(count, np.int64)
         if "signal" in view.parts:
@@ -373,6 +412,8 @@ class Stream:
                 numbers[row] = self._substitute(view, row, int(picks[row]), arrays, drawn, loaded)
         for role, part in view.parts.items():
             loaded.parts[part] = torch.from_numpy(arrays[role])
+            if role == "image" and "extent" in arrays:
+                loaded.parts[part + EXTENT] = torch.from_numpy(arrays["extent"])
         loaded.numbers[view.name] = numbers.tolist()
 
     def _straight(
@@ -443,7 +484,12 @@ class Stream:
         if "image" in members:
             member, out = members["image"], arrays["image"][row]
             if drawn is not None:
-                out[:] = drawn.apply(view.transform, row, self._decoded(member))
+                moved = drawn.apply(view.transform, row, whole_image(member, self.stored.image))
+                if "extent" in arrays:
+                    laid(moved, out, GREY)
+                    arrays["extent"][row] = moved.shape[:2]
+                else:
+                    out[:] = moved
             else:
                 image_pixels(member[1], member[0], out)
         if "mask" in members:
@@ -451,9 +497,9 @@ class Stream:
             mask = mask_classes(member[1], member[0])
             if drawn is not None:
                 mask = drawn.apply(view.transform, row, mask, mask=True)
-            if mask.shape != arrays["mask"].shape[1:]:
+            if mask.shape != (tuple(arrays["extent"][row]) if "extent" in arrays else arrays["mask"].shape[1:]):
                 raise ValueError(f"has a mask of {mask.shape[1]}×{mask.shape[0]} pixels for another image")
-            arrays["mask"][row] = mask
+            laid(mask, arrays["mask"][row], 0)
         if "label" in members:
             label = label_number(members["label"][1])
             if self.spec.label is not None and label >= self.spec.label.classes:
@@ -464,20 +510,6 @@ class Stream:
             if signal.shape != arrays["signal"].shape[1:]:
                 raise ValueError(f"has shape {signal.shape}, and the dataset says {arrays['signal'].shape[1:]}")
             arrays["signal"][row] = signal
-
-    def _decoded(self, member: tuple[str, memoryview]) -> Pixels:
-        """An image in its own size."""
-        assert self.stored.image is not None
-        height, width = image_shape(member[1], member[0])[:2]
-        wanted = self.stored.image
-        if wanted.height is not None and (height, width) != (wanted.height, wanted.width):
-            raise ValueError(f"is {width}×{height}, and the dataset says {wanted.width}×{wanted.height}")
-        pixels = decoded(member[1], member[0], wanted.channels)
-        if pixels.shape[2] != wanted.channels:
-            if pixels.shape[2] != 1:
-                raise ValueError(f"has {pixels.shape[2]} channels, and the dataset says {wanted.channels}")
-            pixels = np.broadcast_to(pixels, (height, width, wanted.channels))
-        return pixels
 
     def _read_ahead(self, view: View, draw: int) -> None:
         """Where shards are read in windows: asks for those of this window and of the next, and lets older ones go."""
@@ -553,8 +585,23 @@ class Stream:
                 if role == "image":
                     parts[part] = values(view.transform, parts[part].permute(0, 3, 1, 2))
                 elif role == "mask":
-                    parts[part] = parts[part].long()
+                    parts[part] = self._known(
+                        parts[part].long(), loaded.parts.get(view.parts.get("image", "") + EXTENT)
+                    )
         return self.share.micro_batches(draw, parts, numbers)
+
+    def _known(self, mask: Tensor, extent: Tensor | None) -> Tensor:
+        """Class numbers (B, H, W), `IGNORED` where there are none."""
+        assert self.spec.mask is not None
+        if self.spec.mask.ignore is not None:
+            mask = mask.masked_fill_(mask == self.spec.mask.ignore, IGNORED)
+        if extent is not None:
+            down, across = (torch.arange(side, device=mask.device) for side in mask.shape[1:])
+            beside = (down[:, None] >= extent.to(mask.device)[:, 0, None, None]) | (
+                across >= extent.to(mask.device)[:, 1, None, None]
+            )
+            mask = mask.masked_fill_(beside, IGNORED)
+        return mask
 
     def close(self) -> None:
         """Ends the background threads."""

@@ -15,10 +15,24 @@ from gandist.data.decode import MAX_PIXELS, Pixels
 from gandist.data.order import Integers, uniform
 from gandist.recipe import TransformOptions
 
+GREY = 127  # of a canvas where there is no image: 0 in −1 … 1, but for half a step
+
+
+def laid(pixels: Pixels, canvas: Pixels, fill: int) -> None:
+    """Puts pixels (H, W, …) at the upper left of a canvas, and `fill` beside them; raises ValueError where they do not fit."""
+    height, width = pixels.shape[:2]
+    if pixels.shape == canvas.shape:
+        canvas[:] = pixels
+        return
+    refuse_larger((canvas.shape[0], canvas.shape[1]), height, width)
+    canvas[:height, :width] = pixels
+    canvas[height:] = fill
+    canvas[:height, width:] = fill
+
 
 def moves(options: TransformOptions) -> bool:
     """Whether pixels move at all, or only change their values."""
-    return bool(options.size or options.pad or options.crop or options.flip)
+    return bool(options.size or options.pad or options.crop or options.flip or options.canvas)
 
 
 def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
@@ -37,6 +51,10 @@ def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
             raise ValueError(f"`crop` {options.crop} is larger than the images of {width}×{height}; set `size` as well")
     if options.crop is not None:
         height = width = options.crop
+    if options.canvas is not None:
+        if height is not None and width is not None:
+            refuse_larger(options.canvas, height, width)
+        height, width = options.canvas
     return ImageSpec(height=height, width=width, channels=image.channels)
 
 
@@ -50,6 +68,14 @@ def values(options: TransformOptions, pixels: Tensor) -> Tensor:
     if (low, high) == (-1.0, 1.0):
         return images.div_(127.5).sub_(1)
     return images.mul_((high - low) / 255).add_(low)
+
+
+def refuse_larger(canvas: tuple[int, int], height: int, width: int) -> None:
+    """Raises ValueError where an image does not fit on the canvas."""
+    if height > canvas[0] or width > canvas[1]:
+        raise ValueError(
+            f"is {width}×{height}, larger than `data.transform.canvas` {list(canvas)} (height, width); enlarge it, or set `size` as well"
+        )
 
 
 def resized(height: int, width: int, size: int | None) -> tuple[int, int]:

@@ -38,10 +38,6 @@ class Classification(Evaluator):
             raise InputError(
                 f"`game.scores.split`: {error}; name a split that is there, or pack one with --split"
             ) from None
-        if options.split == data.split:
-            raise InputError(
-                f"`game.scores.split`: {options.split} is what the run learns from; name another split, or pack one with --split"
-            )
         if -(-self.samples // ROWS) < ranks()[1]:
             raise InputError(
                 f"`game.scores.split`: {self.samples} samples are fewer than {ROWS} for each of {ranks()[1]} processes; use fewer processes"

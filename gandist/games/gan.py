@@ -193,7 +193,7 @@ class Gan(Generative):
 
     # ---- how it is played
 
-    def phases(self) -> tuple[Phase, ...]:
+    def phases(self, spec: Spec) -> tuple[Phase, ...]:
         hold = self.order == "simultaneous"
         return (
             Phase("discriminator", self.discriminator_loss, repeat=self.discriminator_steps, hold=hold),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gandist.data.dataset import Dataset
-from gandist.data.opening import open_batches
-from gandist.data.stream import Batch, Share
+from gandist.data.decode import Pixels, mask_classes
+from gandist.data.opening import open_batches, open_reader
+from gandist.data.read import Reader
+from gandist.data.stream import Batch, Share, whole_image
 from gandist.metrics.distribution import in_order
 from gandist.networks.noise import BLOCK
 from gandist.recipe import DataOptions, Failure, InputError
@@ -54,6 +57,62 @@ def as_the_first_says(mine: bool, device: torch.device) -> bool:
     flag = torch.tensor([int(mine)], device=device)
     dist.broadcast(flag, 0)
     return bool(flag.item())
+
+
+class Stored(NamedTuple):
+    """A sample as it is stored: pixels (H, W, C) and class numbers (H, W), both uint8."""
+
+    number: int
+    pixels: Pixels
+    mask: Pixels
+
+
+class WholeSamples:
+    """Images and masks of a split in their own sizes, in its order, in blocks that processes take in turns."""
+
+    def __init__(self, data: DataOptions, split: str, device: torch.device) -> None:
+        self.data, self.device = data.model_copy(update={"split": split, "subset": None, "shuffle": "full"}), device
+        self.spec = Dataset(data.path).spec(split)
+        assert self.spec.samples is not None  # an index has counted them
+        self.samples = self.spec.samples
+        self.trouble = ""  # with this process's data
+        self.passed_over = 0  # damaged samples of the last reading
+
+    def sample(self, reader: Reader, number: int) -> Stored:
+        """One of them; raises BadSample or ValueError."""
+        members = reader.uncached().members(number)
+        pixels, mask = (
+            whole_image(members["image"], self.spec.image),
+            mask_classes(members["mask"][1], members["mask"][0]),
+        )
+        if mask.shape != pixels.shape[:2]:
+            raise ValueError(f"has a mask of {mask.shape[1]}×{mask.shape[0]} pixels for another image")
+        return Stored(number, pixels, mask)
+
+    def blocks(self, count: int, rows: int) -> Iterator[list[Stored]]:
+        """This process's blocks of the first `count` samples, `rows` at a time; the last may have fewer."""
+        rank, processes = ranks()
+        self.passed_over = 0
+        reader = open_reader(self.data)
+        try:
+            for first in range(rank * rows, count, processes * rows):
+                block = []
+                for number in range(first, min(first + rows, count)):
+                    try:
+                        block.append(self.sample(reader, number))
+                    except (Failure, ValueError, KeyError) as error:  # a BadSample is a Failure
+                        self.passed_over += 1
+                        if self.passed_over > self.data.quarantine:
+                            self.trouble = self.trouble or f"{reader.where(number)}: sample {number}: {error}"
+                            return  # and on to where all processes meet
+                yield block
+        finally:
+            reader.close()
+
+    def refuse_trouble(self) -> None:
+        """All processes stop together where the data of one was bad; raises Failure."""
+        if any_of_them(bool(self.trouble), self.device):
+            raise Failure(self.trouble or "another process could not read its share of the data for the scores")
 
 
 class HeldOut:

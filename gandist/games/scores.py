@@ -30,11 +30,11 @@ from gandist.metrics.features import (
 from gandist.metrics.modes import coverage
 from gandist.metrics.parzen import parzen
 from gandist.metrics.protocol import Protocol, installed
-from gandist.metrics.weights import cache_folder
 from gandist.networks.noise import BLOCK
 from gandist.recipe import DataOptions, Failure, InputError, Section
 from gandist.seeding import derive
 from gandist.tensors import packed, unpacked
+from gandist.weights import cache_folder
 
 Samples = Annotated[int, Field(ge=2, le=10_000_000)]
 Split = Annotated[str, Field(min_length=1)]

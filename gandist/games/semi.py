@@ -160,6 +160,10 @@ class Semi(Generative, Classifying):
         return Classifies(fake_class=self.fake_class == "learned", layer=layer)
 
     @property
+    def held_out(self) -> str | None:
+        return self.scores.split
+
+    @property
     def tells_fakes(self) -> bool:
         return not self.supervised_only
 
@@ -172,7 +176,7 @@ class Semi(Generative, Classifying):
 
     # ---- how it is played
 
-    def phases(self) -> tuple[Phase, ...]:
+    def phases(self, spec: Spec) -> tuple[Phase, ...]:
         if self.supervised_only:
             return (Phase("discriminator", self.supervised_loss),)
         return (

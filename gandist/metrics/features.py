@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,15 +14,15 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import AfterValidator, Field, SerializeAsAny, WrapValidator, model_validator
+from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
 from torch import Tensor, nn
 
 from gandist.exported import Discriminator, load
 from gandist.metrics.efficientnet import SIDE, EfficientNetLite0
 from gandist.metrics.statedict import read_state_dict
-from gandist.metrics.weights import fetched, verified
 from gandist.networks import Shape, amount
-from gandist.recipe import NO_NUL, Choice, Failure, Finite, InputError, Section, Side, harmless
+from gandist.recipe import Choice, Failure, Finite, InputError, Section, Side
+from gandist.weights import Digest, File, fetched, verified
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 # As k-diffusion and others pin it; the size is that of the published response.
@@ -35,17 +34,6 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 BANDS = 256
 MAX_PIXELS = 16_384  # values of a sample: their covariance has 2 GiB
 FLOOR = 1e-3  # added to magnitudes before their logarithm: −60 dB of a full-scale signal
-
-File = Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)]  # its digest is compared instead
-
-
-def _hexadecimal(digest: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise ValueError(f"must be the 64 hexadecimal digits that `sha256sum` prints, not {digest[:80]!r}")
-    return digest
-
-
-Digest = Annotated[str, AfterValidator(_hexadecimal)]
 
 
 class Features(NamedTuple):

@@ -1,4 +1,4 @@
-"""Generated: signals made by a formula, for teaching, tests and the scores that need to know the distribution.
+"""Generated: samples made by a formula, for teaching, tests and the scores that need to know the distribution.
 
 Sample `number` is a function of its number alone: Philox's raw bits, and of arithmetic what IEEE 754 rounds alike on every
 machine (+ − × ÷ √). The exponential and the logarithm are series here, since those of libm and numpy differ in their last bit.
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from gandist.data.decode import LABEL_SUFFIX
 from gandist.data.sources import Item, Source, Split
 from gandist.data.sources.arrays import signal_members
+from gandist.data.sources.scenes import CLASSES, SAMPLES, scene
 from gandist.recipe import InputError, suggestion
 from gandist.seeding import derive
 
@@ -34,9 +35,9 @@ _PROBES = 8  # items whose bytes go into a digest, so that another formula, or a
 
 @dataclass(frozen=True)
 class Formula:
-    """Samples by number (a signal (C, L) and its class, if it has one), how many go into each split, and its version."""
+    """Samples by number (the bytes of their members), how many go into each split, its version, and the classes' names."""
 
-    sample: Callable[[int], tuple[Floats, int | None]]
+    sample: Callable[[int], dict[str, bytes]]
     splits: dict[str, int]
     version: int
     names: tuple[str, ...] = ()
@@ -175,27 +176,31 @@ def _normals(first: float, second: float) -> tuple[float, float]:
     return radius * cosine, radius * sine
 
 
-def _of_mixture(name: str) -> Callable[[int], tuple[Floats, int | None]]:
+def _members(signal: Floats, label: int) -> dict[str, bytes]:
+    return {**signal_members(signal), LABEL_SUFFIX: str(label).encode()}
+
+
+def _of_mixture(name: str) -> Callable[[int], dict[str, bytes]]:
     centres, deviation = _MIXTURES[name]
 
-    def sample(number: int) -> tuple[Floats, int | None]:
+    def sample(number: int) -> dict[str, bytes]:
         which, *shares = _uniforms(name, number, 3)
         label = int(which * len(centres))
         found = [
             [centre + deviation * normal] for centre, normal in zip(centres[label], _normals(*shares), strict=True)
         ]
-        return np.array(found), label
+        return _members(np.array(found), label)
 
     return sample
 
 
-def _gaussian(number: int) -> tuple[Floats, int | None]:
-    return np.array([[_normals(*_uniforms("gaussian", number, 2))[0]]]), None
+def _gaussian(number: int) -> dict[str, bytes]:
+    return signal_members(np.array([[_normals(*_uniforms("gaussian", number, 2))[0]]]))
 
 
-def _plucked(number: int) -> tuple[Floats, int | None]:
+def _plucked(number: int) -> dict[str, bytes]:
     drawn = string(number)
-    return drawn.waveform()[None], drawn.label
+    return _members(drawn.waveform()[None], drawn.label)
 
 
 GENERATED = {
@@ -203,11 +208,12 @@ GENERATED = {
     "ring-8": Formula(_of_mixture("ring-8"), {"train": 20_000}, 1),
     "gaussian": Formula(_gaussian, {"train": 20_000}, 1),  # N(0, 1)
     "strings": Formula(_plucked, {"train": 9000, "test": 1000}, 1, tuple(OPEN_STRINGS)),
+    "fashion-scenes": Formula(lambda number: scene(number).members, SAMPLES, 1, CLASSES),
 }
 
 
 def generated_source(name: str) -> Source:
-    """The signals of a formula; the splits follow each other by number."""
+    """The samples of a formula; the splits follow each other by number."""
     if name not in GENERATED:
         raise InputError(f"generated:{name}: no such formula{suggestion(name, GENERATED)}")
     formula = GENERATED[name]
@@ -221,9 +227,7 @@ def generated_source(name: str) -> Source:
 def _split(name: str, formula: Formula, first: int, samples: int) -> Split:
     def read(number: int) -> Item:
         assert 0 <= number < samples
-        signal, label = formula.sample(first + number)
-        members = signal_members(signal)
-        return Item("", members if label is None else {**members, LABEL_SUFFIX: str(label).encode()})
+        return Item("", formula.sample(first + number))
 
     digest = hashlib.blake2b(f"{name}/{formula.version}/{first}/{samples}".encode(), digest_size=16)
     for number in range(_PROBES):

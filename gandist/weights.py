@@ -5,19 +5,33 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import AfterValidator, Field
 from rich.console import Console
 from rich.progress import wrap_file
 
 from gandist.data.storage import aside
-from gandist.recipe import Failure, InputError
+from gandist.recipe import NO_NUL, Failure, InputError, harmless
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds to connect, and without a byte
 MAX_BYTES = 4 << 30
+
+File = Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)]  # its digest is compared instead
+
+
+def _hexadecimal(digest: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError(f"must be the 64 hexadecimal digits that `sha256sum` prints, not {digest[:80]!r}")
+    return digest
+
+
+Digest = Annotated[str, AfterValidator(_hexadecimal)]
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,359 @@
+"""The segment game: Luc et al. 2016. A segmenter labels pixels, and an adversary tells its label maps from true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from gandist.data.dataset import Spec
+from gandist.data.stream import IGNORED, Batch
+from gandist.game import Clock, Phase, Players, Segmenting, Side, always
+from gandist.games.segmentation import Segmentation, SegmentationOptions
+from gandist.health import Symptom
+from gandist.losses import at_least_fp32
+from gandist.maps import Encoding, at_grid, cross_entropy, dice, labelled, median_frequency, one_hot, product, scaled
+from gandist.networks.segmentation import AnyAdversary, AnySegmenter
+from gandist.pairs import PairOptions, views
+from gandist.palette import beside
+from gandist.player import PlayerOptions
+from gandist.recipe import DataOptions, Section, harmless
+from gandist.windows import to_size
+
+Weight = Annotated[float, Field(gt=0, le=1e9)]
+SHOWN = 16  # images of a sheet
+WINS = 0.99
+
+
+class SegmenterSide(PlayerOptions):
+    """The segmenter; its average weights, where it keeps them, are scored and used."""
+
+    network: AnySegmenter
+
+
+class AdversarySide(PlayerOptions):
+    """The adversary, which is dropped once training is over."""
+
+    network: AnyAdversary
+
+
+class AdversarialOptions(Section):
+    """λ ℓ_bce(a(x, s(x)), 1) in the segmenter's loss (section 3.1), and what the adversary sees (section 3.3).
+
+    `minimax` is −λ ℓ_bce(a(x, s(x)), 0), as the objective was written; `input` is `basic` (probabilities), `product` (times each channel of the image) or
+    `scaling` (truth as soft as the answers, `threshold` τ). Until `from_images` the adversary learns, and the segmenter does not feel it. With
+    `block` each of them moves for so many steps at a time (section 4), and not in every one.
+    """
+
+    weight: Weight = 1.0
+    kind: Literal["non_saturating", "minimax"] = "non_saturating"
+    input: Encoding = "basic"
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    from_images: Annotated[int, Field(ge=0)] = 0
+    block: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> AdversarialOptions:
+        if self.input != "scaling" and self.threshold != 0.9:
+            raise ValueError("`threshold` has no effect unless `input` is `scaling`; leave it out")
+        return self
+
+
+class UnlabelledOptions(Section):
+    """Images without masks (Hung et al. 2018, AdvSemiSeg): from `from_images` on, where an adversary that judges places is surer than
+    `threshold` that an answer is a true one, that answer counts as the truth, with `weight`; `adversarial` is the weight of fooling it.
+    """
+
+    weight: Weight = 0.1
+    adversarial: Annotated[float, Field(ge=0, le=1e9)] = 0.001
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    from_images: Annotated[int, Field(ge=0)] = 0
+
+
+class Segment(Segmenting):
+    """Each step: the segmenter on its pixels and the adversary's verdict, then the adversary on true label maps and on those just made.
+
+    With `adversary: null` the segmenter learns alone, from the same weights, data and steps: what the adversary is compared with. All other keys may
+    stay as they are then, without effect, but for `adversarial.block`, in whose other half the segmenter rests.
+    """
+
+    kind: Literal["segment"]
+    segmenter: SegmenterSide
+    adversary: AdversarySide | None = None
+    adversarial: AdversarialOptions = AdversarialOptions()
+    pixels: Literal["mean", "sum"] = (
+        "mean"  # of an image, in the cross entropy: decides what `adversarial.weight` means
+    )
+    class_weights: Literal["median_frequency"] | None = None
+    dice: Weight | None = None  # weight of 1 − the Dice coefficient, beside the cross entropy
+    unlabelled: UnlabelledOptions | None = None
+    augmentation: PairOptions | None = None
+    scores: Annotated[SegmentationOptions, Field(**harmless)] = SegmentationOptions()
+
+    # ---- what it needs
+
+    def parts(self, spec: Spec) -> tuple[str, ...]:
+        return ("image", "mask", *(("unlabelled",) if self.unlabelled is not None else ()))
+
+    def faults(self, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
+        assert spec.image is not None
+        assert spec.mask is not None
+        if spec.image.height is None or spec.image.width is None:
+            yield (
+                ("kind",),
+                "the images of `data.path` differ in size; set `data.transform.canvas: [HEIGHT, WIDTH]`, as large as the largest, or "
+                "`data.transform.crop`",
+            )
+            return
+        if spec.mask.classes < 2:
+            yield ("kind",), f"segment tells classes apart, and the masks have {spec.mask.classes}"
+        if self.augmentation is not None:
+            for name, fault in self.augmentation.faults(spec.image.channels):
+                yield ("augmentation", name), fault
+        height, width = self._size(spec)
+        for fault in self.segmenter.network.faults(spec.image.channels, height, width):
+            yield ("segmenter", "network", "kind"), fault
+        if self.adversary is not None:
+            grid = [-(-side // self.stride) for side in (height, width)]
+            if min(grid) < self.adversary.network.smallest:
+                yield (
+                    ("adversary", "network", "kind"),
+                    f"`{self.adversary.network.kind}` needs label maps of {self.adversary.network.smallest} places a side or more, and the "
+                    f"segmenter gives {grid[1]}×{grid[0]}",
+                )
+        if self.class_weights is not None and not spec.mask_present:
+            yield (
+                ("class_weights",),
+                "the dataset does not say how often each class occurs; pack it anew, or leave it out",
+            )
+        if self.unlabelled is not None and self.adversary is not None and self._judges_whole_maps(spec):
+            yield (
+                ("unlabelled",),
+                f"needs an adversary that judges places, and `{self.adversary.network.kind}` judges whole maps; use `per_pixel` or `patch`",
+            )
+        if not self.scores.average and self.segmenter.ema is None:
+            yield (
+                ("scores", "average"),
+                "has no effect where the segmenter keeps no average (`ema: null`); leave it out",
+            )
+        for name, side in (("segmenter", self.segmenter), ("adversary", self.adversary)):
+            if side is not None and side.ema is not None and side.ema.from_zero:
+                yield (name, "ema", "from_zero"), "is for a classifier that is tested late; leave it out"
+        if self.adversary is not None and self.adversary.ema is not None:
+            yield ("adversary", "ema"), "has no effect: the adversary is dropped after training; leave it out"
+
+    @property
+    def held_out(self) -> str | None:
+        return self.scores.split
+
+    @property
+    def stride(self) -> int:
+        return self.segmenter.network.stride
+
+    def refuse_unready(self) -> None:
+        if (weights := self.segmenter.network.pretrained) is not None:
+            weights.read()
+
+    def _size(self, spec: Spec) -> tuple[int, int]:
+        """(height, width) of what the segmenter learns from."""
+        _, height, width = spec.shape
+        return (height, width) if self.augmentation is None else self.augmentation.size(height, width)
+
+    def _adversary_shapes(self, spec: Spec) -> tuple[tuple[int, ...], ...]:
+        """Of two rows of what the adversary is called with."""
+        assert spec.mask is not None
+        height, width = (-(-side // self.stride) for side in self._size(spec))
+        channels = spec.shape[0]
+        maps = spec.mask.classes * (channels if self.adversarial.input == "product" else 1)
+        assert self.adversary is not None
+        images = ((2, channels, height, width),) if self.adversary.network.reads_image else ()
+        return (2, maps, height, width), *images
+
+    def _judges_whole_maps(self, spec: Spec) -> bool:
+        assert self.adversary is not None
+        shapes = self._adversary_shapes(spec)
+        with torch.device("meta"):
+            judge = self.adversary.network.build(shapes[0][1], spec.shape[0])
+            verdict: Tensor = judge(*(torch.zeros(shape) for shape in shapes))
+        return verdict.ndim == 1
+
+    def sides(self, spec: Spec) -> dict[str, Side]:
+        assert spec.mask is not None
+        network = self.segmenter.network
+        found = {"segmenter": Side(self.segmenter, partial(network.build, spec.shape[0], spec.mask.classes))}
+        if self.adversary is not None:
+            maps = self._adversary_shapes(spec)[0][1]
+            found["adversary"] = Side(self.adversary, partial(self.adversary.network.build, maps, spec.shape[0]))
+        return found
+
+    def examples(self, spec: Spec) -> dict[str, tuple[Tensor, ...]]:
+        found: dict[str, tuple[Tensor, ...]] = {"segmenter": (torch.zeros(2, spec.shape[0], *self._size(spec)),)}
+        if self.adversary is not None:
+            found["adversary"] = tuple(torch.zeros(shape) for shape in self._adversary_shapes(spec))
+        return found
+
+    @property
+    def starts(self) -> bool:
+        return self.segmenter.network.pretrained is not None
+
+    def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
+        self.segmenter.network.start(players["segmenter"].module)
+
+    def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> Segmentation:
+        return Segmentation(self.scores, self.inference, self.stride, data, spec, device)
+
+    def samples(
+        self, players: Players, spec: Spec, count: int, seed: int, some: Callable[[int], Batch]
+    ) -> Iterator[Tensor]:
+        """(B, 3, H, 3W): images of the training data as they are, their truth, and the answers."""
+        batch, segmenter = some(min(count, SHOWN)), players["segmenter"]
+        images = batch["image"].to(segmenter.device)
+        with segmenter.evaluating() as module:
+            found = to_size(module(images), self.stride, images.shape[2:], images.shape[2:]).argmax(1).cpu()
+        extent = batch.extent("image")[:, :, None, None]
+        down, across = (torch.arange(side) for side in found.shape[1:])
+        found.masked_fill_((down[:, None] >= extent[:, 0]) | (across >= extent[:, 1]), IGNORED)
+        yield beside(batch["image"], batch["mask"], found)
+
+    # ---- how it is played
+
+    def phases(self, spec: Spec) -> tuple[Phase, ...]:
+        weights = median_frequency(spec.mask_pixels, spec.mask_present) if self.class_weights is not None else None
+        block = self.adversarial.block
+        first, second = (always, always) if block is None else (partial(in_block, block, turn) for turn in (0, 1))
+        learn = Phase("segmenter", partial(self.segmenter_loss, weights), when=first)
+        return (learn,) if self.adversary is None else (learn, Phase("adversary", self.adversary_loss, when=second))
+
+    def segmenter_loss(
+        self, weights: list[float] | None, players: Players, batch: Batch, clock: Clock, /
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """ℓ_mce(s(x), y) + λ ℓ_bce(a(x, s(x)), 1): section 3.1, with the swap that the paper trains."""
+        segmenter, (image, mask) = players["segmenter"], self._views(batch)
+        logits: Tensor = segmenter(image)
+        batch.made["logits"] = logits.detach()
+        truth = at_grid(mask, *logits.shape[2:])
+        by_class = None if weights is None else logits.new_tensor(weights, dtype=torch.float32)
+        terms = {"cross_entropy": cross_entropy(logits, truth, by_class, self.pixels == "mean")}
+        answers = at_least_fp32(logits).softmax(1) if self.dice or self.adversary is not None else logits
+        if self.dice is not None:
+            terms["dice"] = self.dice * dice(answers * labelled(truth), one_hot(truth, logits.shape[1]))
+        if self.adversary is not None and clock.images >= self.adversarial.from_images:
+            verdict = self._verdict(players, answers * labelled(truth), image)
+            terms["adversarial"] = self.adversarial.weight * self._fooling(verdict, labelled(truth))
+        if self.unlabelled is not None and self.adversary is not None and clock.images >= self.unlabelled.from_images:
+            terms |= self._unlabelled(players, batch, self.unlabelled)
+        values = {f"loss/segmenter/{name}": term.detach() for name, term in terms.items()}
+        with torch.no_grad():
+            there = truth != IGNORED
+            right = ((logits.argmax(1) == truth) & there).sum() / there.sum().clamp_min(1)
+        return torch.stack([*terms.values()]).sum(), values | {"accuracy/pixels": right}
+
+    def adversary_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
+        """ℓ_bce(a(x, y), 1) + ℓ_bce(a(x, s(x)), 0): section 3.1. It judges the maps that the segmenter has just made, where it has."""
+        image, mask = self._views(batch)
+        made: Tensor | None = batch.made.get("logits")
+        logits = players["segmenter"](image).detach() if made is None else made
+        truth = at_grid(mask, *logits.shape[2:])
+        answers, there = at_least_fp32(logits).softmax(1), labelled(truth)
+        right = one_hot(truth, logits.shape[1])
+        if self.adversarial.input == "scaling":
+            right = scaled(right, answers, self.adversarial.threshold)
+        real, fake = self._both(players, right, answers * there, image)
+        terms = {
+            "real": _over_places(F.softplus(-at_least_fp32(real)), there),
+            "fake": _over_places(F.softplus(at_least_fp32(fake)), there),
+        }
+        values = {f"loss/adversary/{name}": term.detach() for name, term in terms.items()}
+        values |= {
+            "logits/real": real.detach().mean(),
+            "logits/fake": fake.detach().mean(),
+            "accuracy/real": (real > 0).float().mean(),
+            "accuracy/fake": (fake < 0).float().mean(),
+        }
+        return terms["real"] + terms["fake"], values
+
+    def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The images (B, C, H, W) and masks (B, H, W) of a step, as both players see them."""
+        if self.augmentation is None:
+            return batch["image"], batch["mask"]
+        if "views" not in batch.made:
+            batch.made["views"] = views(self.augmentation, batch, "image", "mask")
+        image, mask = batch.made["views"]
+        return image, mask
+
+    def _inputs(self, players: Players, maps: Tensor, image: Tensor) -> tuple[Tensor, ...]:
+        """What the adversary is called with for label maps (B, K, h, w)."""
+        assert self.adversary is not None
+        reads = self.adversary.network.reads_image
+        if not reads and self.adversarial.input != "product":
+            return (maps,)
+        small = (
+            image if image.shape[2:] == maps.shape[2:] else F.adaptive_avg_pool2d(image, (maps.shape[2], maps.shape[3]))
+        )
+        return product(maps, small) if self.adversarial.input == "product" else maps, *((small,) if reads else ())
+
+    def _verdict(self, players: Players, maps: Tensor, image: Tensor) -> Tensor:
+        verdict: Tensor = players["adversary"](*self._inputs(players, maps, image))
+        return verdict
+
+    def _both(self, players: Players, real: Tensor, fake: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Verdicts on true and on made maps, in one forward, unless its statistics would mix them."""
+        if players["adversary"].sees_batch:
+            return self._verdict(players, real, image), self._verdict(players, fake, image)
+        both = self._verdict(players, torch.cat([real, fake]), torch.cat([image, image]))
+        first, second = both.chunk(2)
+        return first, second
+
+    def _fooling(self, verdict: Tensor, there: Tensor) -> Tensor:
+        verdict = at_least_fp32(verdict)
+        loss = F.softplus(-verdict) if self.adversarial.kind == "non_saturating" else -F.softplus(verdict)
+        return _over_places(loss, there)
+
+    def _unlabelled(self, players: Players, batch: Batch, options: UnlabelledOptions) -> dict[str, Tensor]:
+        """Section 3.2 of Hung et al. 2018: answers that the adversary takes for true ones teach the segmenter."""
+        image = batch["unlabelled"]
+        if self.augmentation is not None:
+            image, _ = views(self.augmentation, batch, "unlabelled")
+        logits: Tensor = players["segmenter"](image)
+        answers = at_least_fp32(logits).softmax(1)
+        verdict = at_least_fp32(self._verdict(players, answers, image))
+        sure = (
+            F.interpolate(verdict[:, None], logits.shape[2:], mode="bilinear").detach()[:, 0].sigmoid()
+            > options.threshold
+        )
+        guessed = torch.where(sure, logits.detach().argmax(1), IGNORED)
+        terms = {"unlabelled": options.weight * cross_entropy(logits, guessed, None, self.pixels == "mean")}
+        if options.adversarial:
+            terms["unlabelled_adversarial"] = options.adversarial * F.softplus(-verdict).mean()
+        return terms
+
+    def symptoms(self, row: Mapping[str, float]) -> Iterator[Symptom]:
+        right = min(row.get("accuracy/real", 0.0), row.get("accuracy/fake", 0.0))
+        if right > WINS:
+            yield Symptom(
+                "adversary_wins",
+                f"the adversary is right about {right:.1%} of true and of made label maps, which teach it nothing then",
+                "use `input: scaling`, a smaller adversary, or a lower learning rate of it",
+            )
+
+
+def in_block(length: int, turn: int, clock: Clock) -> bool:
+    """Whether the clock is in a block of `length` steps that is `turn`'s, of two players that take turns."""
+    return clock.step // length % 2 == turn
+
+
+def _over_places(losses: Tensor, there: Tensor) -> Tensor:
+    """The mean over maps (B,), or over places (B, h, w): there ignored ones count 0, and every map divides by all its places."""
+    if losses.ndim == 1:
+        return losses.mean()
+    places = (
+        there
+        if there.shape[2:] == losses.shape[1:]
+        else F.adaptive_avg_pool2d(there, (losses.shape[1], losses.shape[2]))
+    )
+    return (losses * places[:, 0]).mean()

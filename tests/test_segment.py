@@ -1,0 +1,755 @@
+"""The segment game: its losses and its adversary's inputs by their laws, on scenes of garments and on images of several sizes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import Result, Table, on_ranks, open_stream, packed, rows, run, tensor_files, tensors
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from gandist.data.dataset import Dataset
+from gandist.data.opening import data_spec
+from gandist.data.sources.scenes import scene
+from gandist.data.stream import EXTENT, IGNORED, Batch
+from gandist.game import Clock
+from gandist.games.segment import Segment, in_block
+from gandist.launcher import World
+from gandist.log import Meter
+from gandist.maps import at_grid, cross_entropy, dice, labelled, median_frequency, one_hot, product, scaled
+from gandist.pairs import PairOptions, views
+from gandist.palette import palette
+from gandist.recipe import DataOptions, Recipe, RunOptions, TransformOptions
+from gandist.run import make_players
+from gandist.windows import Answers, InferenceOptions, answered, probabilities, starts, to_size
+
+CPU = torch.device("cpu")
+BATCH = 8
+CLASSES = 11
+SIZES = [(37, 50), (48, 40), (64, 64), (33, 41), (40, 57), (52, 36), (45, 45)]  # (height, width)
+
+
+def written(folder: Path, count: int, sizes: list[tuple[int, int]] = SIZES) -> Path:
+    """Scenes cut to several sizes, as image and mask folders; the first rows of each mask are ignored."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number in range(count):
+        height, width = sizes[number % len(sizes)]
+        made = scene(number)
+        mask = made.mask[:height, :width].copy()
+        mask[: 1 + number % 3] = 255
+        Image.fromarray(made.image[:height, :width]).save(folder / "images" / f"scene_{number:03}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"scene_{number:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """35 images of several sizes with masks, a fifth of them held out; not to be written to."""
+    folder = tmp_path_factory.mktemp("scenes")
+    names = (
+        "background",
+        *["top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
+    )
+    packed(
+        written(folder / "source", 35),
+        folder / "scenes",
+        splits=(("train", 0.8), ("test", 0.2)),
+        shuffle=0,
+        names=names,
+    )
+    return folder / "scenes"
+
+
+def segment(**options: Any) -> Segment:
+    values: dict[str, Any] = {
+        "kind": "segment",
+        "segmenter": {"network": {"kind": "unet", "width": 4, "blocks": [1, 1], "decoder": 4, "dropout": 0.0}},
+        "adversary": {"network": {"kind": "small_fov", "light": True}},
+        "augmentation": {"crop": [32, 32], "scale": [0.8, 1.25], "flip": True},
+    }
+    for name, value in options.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            values[name] = {**values[name], **value}
+        else:
+            values[name] = value
+    return Segment.model_validate(values)
+
+
+def table(data: object, game: Segment) -> Table:
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    transform = TransformOptions(canvas=(64, 64))
+    options = DataOptions(path=str(data), workers=0, transform=transform)
+    recipe = Recipe.model_construct(data=options, game=game, run=RunOptions(folder="none", images=10**6, batch=BATCH))
+    spec = data_spec(options)
+    stream = open_stream(
+        data, parts=game.parts(spec), batch=BATCH, rank=rank, ranks=ranks, workers=0, transform=transform
+    )
+    players = make_players(recipe, spec, CPU, "fp32")
+    return Table(recipe, World(CPU, rank, ranks, "fp32", ""), players, stream, Clock(BATCH, 10**6), Meter())
+
+
+def random_maps(count: int = 2, size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (B, K, h, w) and class numbers (B, h, w), some of them ignored."""
+    source = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, CLASSES, size, size, generator=source, dtype=torch.float64)
+    mask = torch.randint(CLASSES, (count, size, size), generator=source)
+    mask[:, :2] = IGNORED
+    return logits, mask
+
+
+# ---- what the adversary sees
+
+
+def test_every_encoding_of_the_truth_and_of_answers_sums_to_one_at_labelled_places_and_to_zero_elsewhere() -> None:
+    logits, mask = random_maps()
+    there = labelled(mask).double()
+    truth, answers = one_hot(mask, CLASSES).double(), logits.softmax(1)
+    for maps in (truth, answers * there, scaled(truth, answers, 0.9)):
+        torch.testing.assert_close(maps.sum(1, keepdim=True), there)
+
+
+def test_scaling_leaves_the_likeliest_class_and_the_proportions_of_the_others() -> None:
+    logits, mask = random_maps(seed=1)
+    truth, answers = one_hot(mask, CLASSES).double(), (4 * logits).softmax(1)
+    soft = scaled(truth, answers, 0.9)
+    known = mask != IGNORED
+    assert torch.equal(soft.argmax(1)[known], mask[known])
+    right = (soft * truth).sum(1)[known]
+    torch.testing.assert_close(right, (answers * truth).sum(1)[known].clamp_min(0.9))
+    others = (1 - truth) * known[:, None]
+    shares, wanted = soft * others, answers * others
+    norms = [found.sum(1, keepdim=True).clamp_min(1e-300) for found in (shares, wanted)]
+    torch.testing.assert_close(shares / norms[0], wanted / norms[1])
+
+
+def test_scaling_divides_by_nothing_where_an_answer_is_certain() -> None:
+    answers = torch.zeros(1, 3, 1, 2)
+    answers[0, 1] = 1  # as sure as a float can be
+    truth = one_hot(torch.tensor([[[1, 0]]]), 3)
+    soft = scaled(truth, answers, 0.9)
+    torch.testing.assert_close(soft[0, :, 0, 0], torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(soft[0, :, 0, 1], torch.tensor([0.9, 0.1, 0.0]))
+
+
+def test_product_is_each_map_times_each_channel() -> None:
+    maps, image = torch.rand(2, CLASSES, 4, 5), torch.rand(2, 3, 4, 5)
+    found = product(maps, image)
+    assert found.shape == (2, 3 * CLASSES, 4, 5)
+    for row in range(2):
+        for one in range(CLASSES):
+            for channel in range(3):
+                assert torch.equal(found[row, 3 * one + channel], maps[row, one] * image[row, channel])
+
+
+def test_the_truth_of_a_coarser_grid_is_the_pixel_in_the_middle_of_each_cell() -> None:
+    mask = torch.arange(48).view(1, 6, 8)
+    assert at_grid(mask, 6, 8) is mask
+    assert at_grid(mask, 2, 2).tolist() == [[[10, 14], [34, 38]]]
+    assert torch.equal(at_grid(mask, 3, 4), mask[:, 1::2, 1::2])
+    assert torch.equal(at_grid(mask.flip(2), 2, 8), at_grid(mask, 2, 8).flip(2))
+
+
+# ---- losses
+
+
+def test_the_cross_entropy_is_the_sum_over_labelled_pixels_written_out() -> None:
+    logits, mask = random_maps()
+    weights = torch.rand(CLASSES, dtype=torch.float64)
+    total = 0.0
+    for row, y, x in np.ndindex(*mask.shape):
+        if (label := int(mask[row, y, x])) != IGNORED:
+            scores = logits[row, :, y, x].tolist()
+            total -= float(weights[label]) * (scores[label] - math.log(sum(math.exp(s) for s in scores)))
+    assert float(cross_entropy(logits, mask, weights, False)) == pytest.approx(total / 2)
+    assert float(cross_entropy(logits, mask, weights, True)) == pytest.approx(total / 2 / 64)
+
+
+def test_the_dice_loss_is_zero_for_a_perfect_answer_and_written_out_for_any() -> None:
+    logits, mask = random_maps()
+    truth, there = one_hot(mask, CLASSES).double(), labelled(mask).double()
+    assert float(dice(truth, truth)) == pytest.approx(0)
+    answers = logits.softmax(1) * there
+    wanted = []
+    for one in range(CLASSES):
+        t, p = truth[:, one], answers[:, one]
+        if t.any():
+            wanted.append(2 * float((t * p).sum()) / float((t + p).sum()))
+    assert float(dice(answers, truth)) == pytest.approx(1 - np.mean(wanted))
+
+
+def test_classes_weigh_by_the_median_of_the_frequencies() -> None:
+    # class 0: 10 of 100 pixels of its images, class 1: 40 of 80, class 2: 20 of 100; class 3 occurs nowhere
+    assert median_frequency((10, 40, 20, 0), (100, 80, 100, 0)) == pytest.approx([2.0, 0.4, 1.0, 1.0])
+
+
+# ---- who learns what
+
+
+def _gradients(at: Table, phase: str, batch: Batch) -> dict[str, list[Tensor | None]]:
+    """Of every player, after the turn of one of them, before it steps."""
+    kept: dict[str, list[Tensor | None]] = {}
+    (found,) = [p for p in at.phases if p.player == phase]
+    with at.players[phase].turn(0, BATCH) as turn:
+        loss, _ = found.loss(at.players, batch, at.clock)
+        turn.backward(loss)
+        for name, player in at.players.items():
+            kept[name] = [None if p.grad is None else p.grad.clone() for p in player.module.parameters()]
+    return kept
+
+
+@pytest.mark.parametrize("encoding", ["basic", "product", "scaling"])
+@pytest.mark.parametrize("adversary", ["small_fov", "two_branch", "patch"])
+def test_neither_player_gets_a_gradient_in_the_others_turn(scenes: Path, encoding: str, adversary: str) -> None:
+    network = {"kind": adversary} | ({"layers": 1} if adversary == "patch" else {})
+    game = segment(adversarial={"input": encoding}, adversary={"network": network})
+    for mover, other in (("segmenter", "adversary"), ("adversary", "segmenter")):
+        at = table(scenes, game)
+        found = _gradients(at, mover, at.draw(0))
+        assert all(g is not None and torch.isfinite(g).all() for g in found[mover])
+        assert any(bool(g.any()) for g in found[mover] if g is not None)
+        assert all(g is None for g in found[other])
+
+
+def test_the_adversary_pulls_on_the_segmenter_through_its_probabilities(scenes: Path) -> None:
+    with_it, without = (
+        _gradients(at := table(scenes, segment(adversarial={"weight": weight})), "segmenter", at.draw(0))["segmenter"]
+        for weight in (1000.0, 1e-9)
+    )
+    alone = _gradients(at := table(scenes, segment(adversary=None)), "segmenter", at.draw(0))["segmenter"]
+    for one, other, third in zip(with_it, without, alone, strict=True):
+        assert one is not None
+        assert other is not None
+        assert third is not None
+        torch.testing.assert_close(other, third, rtol=1e-4, atol=1e-7)
+    assert not all(torch.allclose(one, other) for one, other in zip(with_it, without, strict=True))  # type: ignore[arg-type]
+
+
+class Shifted(nn.Module):
+    """Answers as another module does, and by `by` differently."""
+
+    def __init__(self, module: nn.Module, by: Tensor) -> None:
+        super().__init__()
+        self.module, self.by = module, by
+
+    def forward(self, image: Tensor) -> Tensor:
+        made: Tensor = self.module(image)
+        return made + self.by
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"adversarial": {"input": "scaling"}}, {"adversary": {"network": {"kind": "per_pixel"}}}]
+)
+def test_ignored_pixels_change_no_gradient(scenes: Path, options: dict[str, Any]) -> None:
+    game = segment(augmentation=None, dice=1.0, **options)
+    found = []
+    for changed in (False, True):
+        at = table(scenes, game)
+        batch = at.draw(0)
+        assert (batch["mask"] == IGNORED).any()
+        with torch.no_grad():
+            logits = at.players["segmenter"](batch["image"])
+        noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+        hidden = at_grid(batch["mask"], *logits.shape[2:]) == IGNORED
+
+        segmenter = at.players["segmenter"]
+        if changed:
+            segmenter.module = segmenter.wrapped = Shifted(segmenter.module, 5 * noise * hidden[:, None])
+        found += [_gradients(at, name, batch) for name in ("segmenter", "adversary")]
+    for name, before, after in (("segmenter", found[0], found[2]), ("adversary", found[1], found[3])):
+        for one, other in zip(before[name], after[name], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_without_the_adversary_the_segmenter_begins_and_reads_alike(scenes: Path) -> None:
+    whole, alone = table(scenes, segment()), table(scenes, segment(adversary=None))
+    for key, value in tensors(alone.players).items():
+        assert np.array_equal(tensors(whole.players)[key], value)
+    assert torch.equal(whole.draw(0)["image"], alone.draw(0)["image"])
+    assert [phase.player for phase in alone.phases] == ["segmenter"]
+
+
+def test_the_adversary_judges_the_maps_of_this_step_without_a_second_forward(scenes: Path) -> None:
+    at = table(scenes, segment())
+    seen = []
+    at.players["segmenter"].module.register_forward_hook(lambda *_: seen.append(1))
+    at.play(2)
+    assert len(seen) == 2
+
+
+def test_players_alternate_in_blocks_and_each_rests_in_the_others(scenes: Path) -> None:
+    at = table(scenes, segment(adversarial={"block": 3}))
+    moved = []
+    for _ in range(9):
+        before = tensors(at.players)
+        at.play(1)
+        moved.append(
+            {key.split("/")[0] for key, value in tensors(at.players).items() if not np.array_equal(value, before[key])}
+        )
+    assert moved == 3 * [{"segmenter"}] + 3 * [{"adversary"}] + 3 * [{"segmenter"}]
+    assert [in_block(500, 0, Clock(1, 10**6, step)) for step in (0, 499, 500, 999, 1000)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_until_from_images_the_adversary_learns_and_is_not_felt(scenes: Path) -> None:
+    game = segment(adversarial={"from_images": 2 * BATCH})
+    at, alone = table(scenes, game), table(scenes, segment(adversary=None))
+    for steps in range(1, 4):
+        before = tensors(at.players)["adversary//0.0.weight"]
+        at.play(1)
+        alone.play(1)
+        assert not np.array_equal(before, tensors(at.players)["adversary//0.0.weight"])
+        same = all(np.array_equal(tensors(at.players)[key], value) for key, value in tensors(alone.players).items())
+        assert same == (steps < 3)
+
+
+def test_unlabelled_images_teach_only_where_the_adversary_is_sure(scenes: Path) -> None:
+    for threshold, taught in ((1e-6, True), (1 - 1e-6, False)):
+        game = segment(
+            unlabelled={"threshold": threshold, "adversarial": 0.0},
+            adversary={"network": {"kind": "per_pixel"}},
+            augmentation={"crop": [64, 64]},
+        )
+        at = table(scenes, game)
+        (phase,) = [p for p in at.phases if p.player == "segmenter"]
+        _, values = phase.loss(at.players, at.draw(0), at.clock)
+        assert (float(values["loss/segmenter/unlabelled"]) > 0) == taught
+
+
+def _played(data: Path, options: dict[str, Any], steps: int) -> dict[str, np.ndarray]:
+    at = table(data, segment(**options))
+    at.play(steps)
+    return tensors(at.players)
+
+
+NORMLESS = {"network": {"kind": "farabet"}, "optimizer": {"kind": "sgd", "learning_rate": 0.01}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dice": 1.0}, {"class_weights": "median_frequency", "adversarial": {"input": "scaling"}}],
+    ids=["dice", "weights"],
+)
+def test_two_ranks_learn_what_one_process_learns(scenes: Path, options: dict[str, Any]) -> None:
+    sides = {"segmenter": NORMLESS, "adversary": {"network": {"kind": "two_branch"}, "optimizer": {"kind": "sgd"}}}
+    whole = _played(scenes, {**sides, **options}, 3)
+    first, second = on_ranks(2, _played, scenes, {**sides, **options}, 3)
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    for key, value in whole.items():
+        assert np.array_equal(first[key], second[key])
+        np.testing.assert_allclose(first[key], value, rtol=1e-3, atol=1e-5)
+
+
+# ---- crops
+
+
+def test_an_image_of_any_size_lies_on_its_canvas_and_the_rest_is_ignored(scenes: Path) -> None:
+    stream = open_stream(scenes, parts=("image", "mask"), batch=16, transform={"canvas": [64, 64]})
+    (batch,) = stream.read(0)
+    stream.close()
+    assert batch["image"].shape == (16, 3, 64, 64)
+    extents = batch.extent("image")
+    assert {tuple(extent) for extent in extents.tolist()} <= {*SIZES}
+    assert len({tuple(extent) for extent in extents.tolist()}) > 2
+    for image, mask, (height, width) in zip(batch["image"], batch["mask"], extents.tolist(), strict=True):
+        assert (mask[height:] == IGNORED).all()
+        assert (mask[:, width:] == IGNORED).all()
+        assert (mask[:height, :width] != IGNORED).float().mean() > 0.9
+        assert image[:, height:].abs().max().item() < 0.01 if height < 64 else True
+        assert image[:, :height, :width].std() > 0.05
+
+
+def test_an_image_that_is_larger_than_the_canvas_is_named(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    path = recipe_of(tmp_path, scenes)
+    failed = gandist("train", path, "data.transform.canvas=[64, 48]")
+    assert failed.code == 1
+    assert "larger than `data.transform.canvas` [64, 48]" in failed.err
+
+
+class _Rows:
+    """Rows of a batch by itself."""
+
+    @staticmethod
+    def of(
+        images: Tensor, masks: Tensor, extents: Tensor | None = None, size: int | None = None, start: int = 0
+    ) -> Batch:
+        parts = {"image": images, "mask": masks} | ({"image" + EXTENT: extents} if extents is not None else {})
+        return Batch(parts, 3, range(start, start + len(images)), size or len(images), 5, CPU)
+
+
+def test_a_crop_without_chance_is_the_image_itself() -> None:
+    images, masks = torch.randn(2, 3, 9, 12), torch.randint(5, (2, 9, 12))
+    found, mask = views(PairOptions(flip=False), _Rows.of(images, masks), "image", "mask")
+    torch.testing.assert_close(found, images, rtol=0, atol=1e-5)
+    assert mask is not None
+    assert torch.equal(mask, masks)
+
+
+def test_image_and_mask_move_together() -> None:
+    masks = torch.randint(2, (64, 12, 12)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    options = PairOptions(crop=(40, 36), scale=(0.7, 1.5), stretch=0.2, degrees=20)
+    found, mask = views(options, _Rows.of(masks[:, None].float() * 2 - 1, masks), "image", "mask")
+    assert mask is not None
+    assert found.shape == (64, 1, 40, 36)
+    known = mask != IGNORED
+    assert (found[:, 0][~known] == 0).all()
+    agree = ((found[:, 0] > 0) == (mask == 1))[known].float().mean()
+    assert agree > 0.97  # they differ within half a pixel of an edge
+
+
+def test_half_of_the_crops_are_mirrored_and_scales_lie_between_the_two_factors() -> None:
+    ramp = torch.arange(101.0).expand(400, 1, 101, 101) / 50 - 1
+    options = PairOptions(crop=(21, 21), scale=(0.5, 2.0))
+    found, _ = views(options, _Rows.of(ramp, torch.zeros(400, 101, 101, dtype=torch.int64)), "image", "mask")
+    slope = (found[:, 0, 10, 15] - found[:, 0, 10, 5]) * 5  # pixels of the image for one of the crop
+    assert 0.43 < (slope < 0).float().mean() < 0.57
+    factors = 1 / slope.abs()
+    assert factors.min() > 0.499
+    assert factors.max() < 2.001
+    assert factors.log2().abs().mean() == pytest.approx(0.5, abs=0.06)  # log-uniform
+
+
+def test_a_crop_lies_within_a_larger_image_and_around_a_smaller_one() -> None:
+    extents = torch.tensor([[40, 30]]).expand(50, 2)
+    masks = torch.zeros(50, 40, 40, dtype=torch.int64)
+    small, mask = views(
+        PairOptions(crop=(20, 20)), _Rows.of(torch.ones(50, 1, 40, 40), masks, extents), "image", "mask"
+    )
+    assert mask is not None
+    assert (mask == 0).all()
+    assert torch.allclose(small, torch.ones(()))
+    large, mask = views(
+        PairOptions(crop=(60, 60)), _Rows.of(torch.ones(50, 1, 40, 40), masks, extents), "image", "mask"
+    )
+    assert mask is not None
+    assert ((mask == 0).sum((1, 2)) == 40 * 30).all()
+    assert torch.equal(large[:, 0] != 0, mask == 0)
+
+
+def test_a_row_is_cropped_and_coloured_the_same_in_any_part_of_the_batch() -> None:
+    images, masks = torch.randn(8, 3, 20, 24), torch.randint(5, (8, 20, 24))
+    options = PairOptions(
+        crop=(16, 16), scale=(0.5, 2), stretch=0.1, degrees=10, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1
+    )
+    whole = views(options, _Rows.of(images, masks), "image", "mask")
+    for first, last in ((0, 4), (4, 8), (3, 5)):
+        part = _Rows.of(images[first:last], masks[first:last], size=8, start=first)
+        for one, other in zip(views(options, part, "image", "mask"), whole, strict=True):
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other[first:last])
+
+
+# ---- answers
+
+
+class Blocks(nn.Module):
+    """Logits that depend on the mean colour of each cell of `stride` pixels."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        stride = self.stride
+        whole = F.pad(images, (0, -width % stride, 0, -height % stride), mode="replicate")
+        grey = F.avg_pool2d(whole.mean(1, keepdim=True), stride)
+        return torch.cat([grey * 3, -grey], 1)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(5, 9), (33, 41), (32, 64)])
+def test_logits_of_a_coarse_grid_come_back_to_their_places(stride: int, size: tuple[int, int]) -> None:
+    height, width = size
+    places = -(-height // stride), -(-width // stride)
+    ramp = (torch.arange(places[1]) * stride + (stride - 1) / 2).expand(1, 1, *places)  # centres, in pixels
+    found = to_size(ramp, stride, size, size)
+    assert found.shape == (1, 1, height, width)
+    inner = slice(stride, max(stride + 1, (places[1] - 1) * stride))
+    torch.testing.assert_close(found[0, 0, 0, inner], torch.arange(width, dtype=torch.float32)[inner])
+
+
+def test_flips_and_scales_and_windows_change_nothing_of_an_answer_that_does_not_depend_on_them() -> None:
+    image = torch.full((1, 3, 40, 56), 0.3)
+    plain = probabilities(Answers(Blocks(4), 4), image, InferenceOptions(), (40, 56))
+    for options in (
+        {"flip": True},
+        {"scales": [0.5, 1.0, 2.0]},
+        {"window": [16, 24]},
+        {"window": [16, 24], "flip": True},
+    ):
+        found = probabilities(Answers(Blocks(4), 4), image, InferenceOptions.model_validate(options), (40, 56))
+        torch.testing.assert_close(found, plain)
+        torch.testing.assert_close(found.sum(1), torch.ones(1, 40, 56))
+
+
+def test_with_flips_the_answer_of_a_mirrored_image_is_mirrored() -> None:
+    torch.manual_seed(0)
+    network, image = nn.Conv2d(3, 4, 5, padding=2), torch.randn(2, 3, 20, 30)
+    for flip in (True, False):
+        options = InferenceOptions(flip=flip)
+        one, other = (probabilities(Answers(network, 1), seen, options, (20, 30)) for seen in (image, image.flip(3)))
+        assert torch.allclose(one, other.flip(3), atol=1e-6) == flip
+
+
+@pytest.mark.parametrize(("length", "window", "overlap"), [(100, 30, 0.5), (31, 30, 0.5), (97, 13, 0.0), (60, 20, 0.9)])
+def test_windows_cover_an_image_and_overlap_enough(length: int, window: int, overlap: float) -> None:
+    found = starts(length, window, overlap)
+    assert found[0] == 0
+    assert found[-1] == length - window
+    assert all(0 < later - before <= max(1, math.ceil(window * (1 - overlap))) for before, later in pairwise(found))
+
+
+def test_images_of_several_sizes_are_answered_at_their_own_in_any_company() -> None:
+    source = np.random.default_rng(0)
+    images = [source.integers(256, size=(*size, 3), dtype=np.uint8) for size in (*SIZES, *SIZES)]
+    answers, transform = Answers(Blocks(2), 2), TransformOptions(size=24)
+    together = answered(answers, images, transform, InferenceOptions(), CPU)
+    for pixels, found in zip(images, together, strict=True):
+        assert found.shape == (2, *pixels.shape[:2])
+        torch.testing.assert_close(found, answered(answers, [pixels], transform, InferenceOptions(), CPU)[0])
+
+
+# ---- whole runs
+
+RECIPE = """\
+data:
+  path: {data}
+  transform: {{canvas: [64, 64]}}
+game:
+  kind: segment
+  segmenter:
+    network: {{kind: unet, width: 4, blocks: [1, 1], decoder: 8}}
+    optimizer: {{kind: adam, learning_rate: 3e-3, beta1: 0.9}}
+    ema: {{half_life_images: 100}}
+  adversary:
+    network: {{kind: small_fov, light: true}}
+    optimizer: {{kind: adam, learning_rate: 1e-4, beta1: 0.9}}
+  adversarial: {{weight: 0.1}}
+  augmentation: {{crop: [32, 32], scale: [0.8, 1.25]}}
+  scores: {{train_samples: 5}}
+run:
+  folder: {folder}
+  images: 64
+  batch: 8
+  log_every: 2
+  sample_images: 32
+  evaluate_images: 32
+  save_images: 32
+  precision: fp32
+"""
+
+
+def recipe_of(folder: Path, data: Path, name: str = "run") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(RECIPE.format(data=data, folder=folder / name))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 64 images; not to be written to but for its evaluations."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run("train", recipe_of(folder, scenes), "run.trackers=[tensorboard, wandb]")
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+def test_a_run_logs_scores_samples_and_what_each_player_loses(trained: Path) -> None:
+    names = {name for row in rows(trained) for name in row}
+    wanted = {"loss/segmenter/cross_entropy", "loss/segmenter/adversarial", "loss/adversary/real", "loss/adversary/fake",
+              "accuracy/pixels", "score/mean_iou", "score/boundary_f", "score/train/mean_iou", "score/iou/background"}  # fmt: skip
+    assert wanted <= names
+    sheet = np.asarray(Image.open(trained / "samples" / "images_000000032.png"))
+    assert sheet.shape[1] == 3 * sheet.shape[0] or sheet.shape[1] > sheet.shape[0]
+    (picture,) = (trained / "evaluations").glob("images_000000064_*_worst.png")
+    assert np.asarray(Image.open(picture)).std() > 10
+    assert [*(trained / "wandb").rglob("*.table.json")]
+    assert "tracker_failed" not in (trained / "log.jsonl").read_text()
+
+
+def test_the_table_of_images_names_every_one_and_the_worst_first(trained: Path, scenes: Path) -> None:
+    (path,) = (trained / "evaluations").glob("images_000000064_*_images.csv")
+    with path.open(newline="") as file:
+        found = [*csv.DictReader(file)]
+    assert len(found) == Dataset(scenes).spec("test").samples == 7
+    ious = [float(row["mean_iou"]) for row in found]
+    assert ious == sorted(ious)
+    assert all("scene_" in row["name"] for row in found)
+
+
+def answers_of(
+    run: Path, data: Path, split: str, gandist: Callable[..., Result], out: Path
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Truth and predicted mask of each image, through `gandist predict` and files alone."""
+    done = gandist("predict", run, data, "--split", split, "--out", out)
+    assert done.code == 0, done.err
+    with (out / "predictions.csv").open(newline="") as file:
+        listed = [*csv.DictReader(file)]
+    pairs = []
+    for row in listed:
+        number = row["name"].rpartition("scene_")[2][:3]
+        truth = np.asarray(Image.open(data.parent / "source" / "masks" / f"scene_{number}.png"))
+        pairs.append((truth, np.asarray(Image.open(out / row["mask"]))))
+    return pairs
+
+
+def test_evaluate_agrees_with_a_brute_force_count_and_torchmetrics_over_the_masks_of_predict(
+    trained: Path, scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    done = gandist("evaluate", trained, "--json", "--out", tmp_path / "scores")
+    assert done.code == 0, done.err
+    scores = json.loads(done.out)
+    pairs = answers_of(trained, scenes, "test", gandist, tmp_path / "answers")
+    assert len(pairs) == scores["samples"] == 7
+    matrix = np.zeros((CLASSES, CLASSES), int)
+    judge = MulticlassJaccardIndex(CLASSES, average="none", ignore_index=255)
+    for truth, answer in pairs:
+        assert truth.shape == answer.shape
+        for t, a in zip(truth.ravel(), answer.ravel(), strict=True):
+            if t != 255:
+                matrix[t, a] += 1
+        judge.update(torch.from_numpy(answer.astype(int)), torch.from_numpy(truth.astype(int)))
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    ious = matrix.diagonal() / np.maximum(union, 1)
+    present = union > 0
+    assert scores["mean_iou"] == pytest.approx(ious[present].mean())
+    assert scores["pixel_accuracy"] == pytest.approx(matrix.diagonal().sum() / matrix.sum())
+    assert scores["class_accuracy"] == pytest.approx(
+        np.mean([matrix[k, k] / matrix[k].sum() for k in range(CLASSES) if matrix[k].sum()])
+    )
+    torch.testing.assert_close(judge.compute()[present].double(), torch.from_numpy(ious[present]), rtol=1e-5, atol=1e-6)
+    names = Dataset(scenes).manifest.mask.names  # type: ignore[union-attr]
+    assert scores["iou"] == pytest.approx({names[k]: ious[k] for k in range(CLASSES) if present[k]})
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_scores_are_the_same_on_any_number_of_processes(
+    trained: Path, tmp_path: Path, ranks: int, gandist: Callable[..., Result]
+) -> None:
+    overrides = ["game.scores.split=test", "data.split=train", "game.scores.train_samples=20"]
+    one = gandist("evaluate", trained, *overrides, "--json", "--out", tmp_path / "one")
+    several = run("evaluate", trained, *overrides, "--json", "--out", tmp_path / "several", ranks=ranks)
+    assert several.code == 0, several.err
+    assert json.loads(one.out) == json.loads(next(line for line in several.out.splitlines() if line.startswith("{")))
+    tables = [next((tmp_path / name / "evaluations").glob("*_images.csv")).read_text() for name in ("one", "several")]
+    assert tables[0] == tables[1]
+
+
+def test_another_dataset_of_the_same_classes_is_scored_by_its_path(
+    trained: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    names = (
+        "background",
+        *["top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
+    )
+    written(tmp_path / "source", 6, [(60, 30), (30, 61)])
+    (tmp_path / "tree" / "test").mkdir(parents=True)
+    for part in ("images", "masks"):
+        (tmp_path / "source" / part).rename(tmp_path / "tree" / "test" / part)
+    packed(tmp_path / "tree", tmp_path / "other", names=names)
+    done = gandist("evaluate", trained, f"data.path={tmp_path / 'other'}", "--json", "--out", tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["samples"] == 6
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_bytes(scenes: Path, tmp_path: Path) -> None:
+    whole = run("train", recipe_of(tmp_path, scenes, "whole"))
+    part = run("train", recipe_of(tmp_path, scenes, "part"), "run.images=32")
+    rest = run("train", recipe_of(tmp_path, scenes, "part"))
+    assert whole.code == part.code == rest.code == 0, (whole.err, part.err, rest.err)
+    one, other = (tmp_path / name / "checkpoints" / "images_000000064" for name in ("whole", "part"))
+    assert tensor_files(one) == tensor_files(other)
+
+
+def test_masks_of_predict_are_palette_pngs_of_the_images_size_and_overlays_have_a_legend(
+    trained: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    folder = tmp_path / "photos" / "deep"
+    folder.mkdir(parents=True)
+    for number, size in enumerate([(97, 61), (30, 200)]):
+        Image.fromarray(np.resize(scene(number).image, (*size, 3))).save(folder / f"photo {number}.png")
+    Image.fromarray(scene(2).image).convert("L").save(folder / "grey.jpg")
+    done = gandist("predict", trained, tmp_path / "photos", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    masks = sorted((tmp_path / "out" / "masks").rglob("*.png"))
+    assert len(masks) == 3
+    for path in masks:
+        image = Image.open(path)
+        assert image.mode == "P"
+        overlay = Image.open(tmp_path / "out" / "overlays" / path.relative_to(tmp_path / "out" / "masks"))
+        assert overlay.size[1] > image.size[1]
+        shown = np.asarray(image)
+        assert shown.max() < CLASSES
+        colours = np.asarray(image.convert("RGB"))[0, 0]
+        assert np.abs(colours - palette()[shown[0, 0]].mul(255).numpy()).max() <= 1
+    assert "pixels by class: background" in done.out
+    assert {Image.open(path).size for path in masks} == {(61, 97), (200, 30), (64, 64)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.transform.canvas=null"], "the images of `data.path` differ in size; set `data.transform.canvas"),
+        (["data.transform.crop=32"], "`canvas` has no effect beside `crop`"),
+        (["game.adversary.network.kind=smal_fov"], "did you mean `small_fov`?"),
+        (["game.segmenter.network.kind=dcgan"], "is not a network of this role (segmenter)"),
+        (["game.adversarial.threshold=0.8"], "`threshold` has no effect unless `input` is `scaling`"),
+        (["game.augmentation.scale=[2, 1]"], "the first factor must not be more than the second"),
+        (
+            ["game.augmentation.crop=[8, 8]", "game.adversary.network={kind: per_pixel}"],
+            "needs label maps of 32 places",
+        ),
+        (["game.unlabelled={}"], "needs an adversary that judges places, and `small_fov` judges whole maps"),
+        (["game.adversary.ema={}"], "has no effect: the adversary is dropped after training"),
+        (["game.inference={overlap: 0.2}"], "`overlap` has no effect without `window`"),
+        (["game.scores.split=validation"], "'validation' is not a split"),
+        (["game.scores.train_samples=99"], "and the split has 28; use fewer"),
+        (
+            ["data.subset={per_class: 1}"],
+            "`subset.per_class` chooses by class, and the dataset has no labels; use `subset.samples`",
+        ),
+        (["data.subset={samples: 99}"], "asks for 99, and the split has 28"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result], overrides: list[str], said: str
+) -> None:
+    failed = gandist("train", recipe_of(tmp_path, scenes), *overrides)
+    assert failed.code == 2, failed.err
+    assert said in failed.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_subset_without_labels_is_so_many_samples_chosen_by_its_seed(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    chosen = []
+    for seed in (0, 0, 1):
+        done = gandist(
+            "inspect", recipe_of(tmp_path, scenes), f"data.subset={{samples: 5, seed: {seed}}}", "--draws", "0:3"
+        )
+        assert done.code == 0, done.err
+        chosen.append(done.out)
+    assert chosen[0] == chosen[1] != chosen[2]
