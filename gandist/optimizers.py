@@ -55,8 +55,13 @@ class _DampedAdam(torch.optim.Adam):
         return super().step(closure)
 
 
+def decaying(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of layers, and what is left: biases, gains and other vectors, which no weight decay should pull to 0."""
+    return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+
+
 class AdamOptions(OptimizerOptions):
-    """Adam (Kingma and Ba 2015); β1 0.5 is DCGAN's.
+    """Adam (Kingma and Ba 2015); β1 0.5 is DCGAN's. With `weight_decay` AdamW (Loshchilov and Hutter 2019): θ ← (1 − η λ) θ in each step.
 
     `eps_inside_root` divides by √(v̂ + eps) instead of √v̂ + eps, as the code released with Salimans et al. 2016 does: gradients far below
     √eps then hardly move a weight.
@@ -67,20 +72,27 @@ class AdamOptions(OptimizerOptions):
     beta2: Rate = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
     eps_inside_root: bool = False
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
 
     @model_validator(mode="after")
     def _has_a_second_moment(self) -> AdamOptions:
+        if self.eps_inside_root and self.weight_decay:
+            raise ValueError("`weight_decay` has no place beside `eps_inside_root`; leave one out")
         if self.eps_inside_root and self.beta2 == 0:
             raise ValueError("`eps_inside_root` needs a `beta2` above 0; raise it, or leave `eps_inside_root` out")
         return self
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         shared: dict[str, Any] = {"lr": self.learning_rate, "betas": (self.beta1, self.beta2), "fused": True}
-        optimizer = (
-            _DampedAdam(parameters, damping=self.eps, **shared)
-            if self.eps_inside_root
-            else torch.optim.Adam(parameters, eps=self.eps, **shared)
-        )
+        optimizer: torch.optim.Optimizer
+        if self.eps_inside_root:
+            optimizer = _DampedAdam(parameters, damping=self.eps, **shared)
+        elif self.weight_decay:
+            groups = zip(decaying(parameters), (self.weight_decay, 0.0), strict=True)
+            several = [{"params": group, "weight_decay": decay} for group, decay in groups if group]
+            optimizer = torch.optim.AdamW(several, eps=self.eps, **shared)
+        else:
+            optimizer = torch.optim.Adam(parameters, eps=self.eps, **shared)
         for parameter in parameters:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -94,7 +106,8 @@ class SgdOptions(OptimizerOptions):
     """Gradient descent with momentum in its velocity form, v ← μ v − η g and θ ← θ + v, as in Goodfellow et al. 2014.
 
     torch multiplies the whole velocity by the rate of the moment instead, which differs once the rate changes; here the gradient
-    is multiplied beforehand. μ goes from `momentum` to `final_momentum` at `momentum_images`, linearly.
+    is multiplied beforehand. μ goes from `momentum` to `final_momentum` at `momentum_images`, linearly. `weight_decay` λ adds λ θ to the
+    gradients of the weights of layers.
     """
 
     kind: Literal["sgd"]
@@ -102,6 +115,7 @@ class SgdOptions(OptimizerOptions):
     momentum: Rate = 0.5
     final_momentum: Rate | None = None
     momentum_images: Images | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
 
     @model_validator(mode="after")
     def _ramp_is_whole(self) -> SgdOptions:
@@ -123,6 +137,10 @@ class SgdOptions(OptimizerOptions):
     def adjust(
         self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, images: int
     ) -> None:
+        if self.weight_decay:
+            moved = [p for group in optimizer.param_groups for p in decaying(group["params"])[0] if p.grad is not None]
+            pulled = [p.grad for p in moved if p.grad is not None]
+            torch._foreach_add_(pulled, [p.detach() for p in moved], alpha=self.weight_decay)
         torch._foreach_mul_(gradients, learning_rate)
         if self.final_momentum is not None and self.momentum_images is not None:
             passed = min(1.0, images / self.momentum_images)
@@ -137,15 +155,17 @@ OPTIMIZERS: dict[str, Callable[[], type[Section]]] = {"adam": lambda: AdamOption
 class ScheduleOptions(Section):
     """The learning rate as a function of images: up over `warmup_images`, then down to `final` at `until_images`.
 
-    It stays where it is until `from_images`. `exponential` halves it every `half_life_images` and stops at `final`.
+    It stays where it is until `from_images`. `exponential` halves it every `half_life_images` and stops at `final`. `poly` is
+    (1 − t)^`power`, as segmenters are trained (Chen et al. 2018, DeepLab).
     """
 
-    kind: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    kind: Literal["constant", "linear", "cosine", "poly", "exponential"] = "constant"
     warmup_images: Annotated[int, Field(ge=0)] = 0
     from_images: Annotated[int, Field(ge=0)] = 0
     until_images: Images | None = None
     half_life_images: Images | None = None
     final: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the learning rate
+    power: Annotated[float, Field(gt=0, le=10)] = 0.9  # of a `poly` schedule
 
     @model_validator(mode="after")
     def _has_an_end(self) -> ScheduleOptions:
@@ -161,7 +181,9 @@ class ScheduleOptions(Section):
             raise ValueError("`half_life_images` and an `exponential` schedule come together")
         if self.kind == "exponential" and self.until_images is not None:
             raise ValueError("`until_images` has no effect on an `exponential` schedule; leave it out")
-        if self.kind in ("linear", "cosine") and self.until_images is None:
+        if self.kind != "poly" and self.power != 0.9:
+            raise ValueError(f"`power` has no effect on a `{self.kind}` schedule; use `poly`")
+        if self.kind in ("linear", "cosine", "poly") and self.until_images is None:
             raise ValueError(f"a `{self.kind}` schedule needs `until_images`, where it reaches `final`")
         if self.until_images is not None and self.until_images <= self.warmup_images:
             raise ValueError(f"`until_images` {self.until_images} must lie beyond `warmup_images` {self.warmup_images}")
@@ -182,5 +204,9 @@ class ScheduleOptions(Section):
             return warm
         begin = max(self.warmup_images, self.from_images)
         passed = min(1.0, max(0.0, (images - begin) / (self.until_images - begin)))
-        shape = 1 - passed if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * passed))
+        shape = {
+            "linear": 1 - passed,
+            "poly": float((1 - passed) ** self.power),
+            "cosine": 0.5 * (1 + math.cos(math.pi * passed)),
+        }[self.kind]
         return warm * (self.final + (1 - self.final) * shape)

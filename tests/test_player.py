@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gandist import penalties
 from gandist.networks import dcgan, mlp
-from gandist.optimizers import ScheduleOptions, SgdOptions
+from gandist.optimizers import AdamOptions, ScheduleOptions, SgdOptions
 from gandist.player import EmaOptions, Player, PlayerOptions, Remembered
 
 CPU = torch.device("cpu")
@@ -132,6 +132,10 @@ def test_schedules_are_functions_of_images() -> None:
     assert [linear.factor(n) for n in (49, 100, 600, 1100, 9999)] == pytest.approx([0.5, 1, 0.55, 0.1, 0.1])
     cosine = ScheduleOptions(kind="cosine", until_images=1000)
     assert [cosine.factor(n) for n in (0, 250, 500, 1000)] == pytest.approx([1, 0.853553, 0.5, 0])
+    poly = ScheduleOptions(kind="poly", until_images=1000)  # DeepLab: (1 − t)^0.9
+    assert [poly.factor(n) for n in (0, 250, 500, 1000)] == pytest.approx([1, 0.75**0.9, 0.5**0.9, 0])
+    with pytest.raises(ValueError, match="`power` has no effect on a `cosine` schedule"):
+        ScheduleOptions(kind="cosine", until_images=9, power=2.0)
     assert ScheduleOptions().factor(10**9) == 1
     # Salimans et al. 2016, CIFAR-10: min(3 − epoch / 400, 1) of 1200 epochs
     tail = ScheduleOptions(kind="linear", from_images=800, until_images=1200)
@@ -141,6 +145,34 @@ def test_schedules_are_functions_of_images() -> None:
     for wrong in ({"from_images": 5}, {"kind": "linear", "from_images": 9, "until_images": 9}, {"kind": "cosine", "warmup_images": 5, "from_images": 5, "until_images": 9}):  # fmt: skip
         with pytest.raises(ValueError, match="from_images"):
             ScheduleOptions(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_weight_decay_pulls_the_weights_of_layers_and_no_vector(kind: str) -> None:
+    torch.manual_seed(0)
+    values = [torch.randn(3, 4), torch.randn(4)]
+    parameters = [torch.nn.Parameter(value.clone()) for value in values]
+    plain = [torch.nn.Parameter(value.clone()) for value in values]
+    section = AdamOptions if kind == "adam" else SgdOptions
+    options = section.model_validate({"kind": kind, "learning_rate": 0.1, "weight_decay": 0.3})
+    mine, theirs = options.build(parameters), options.model_copy(update={"weight_decay": 0.0}).build(plain)
+    for _ in range(2):
+        before = [parameter.detach().clone() for parameter in parameters]
+        gradients = [torch.randn_like(value) for value in values]
+        for group, extra in ((parameters, 0.0), (plain, 0.3 if kind == "sgd" else 0.0)):
+            for parameter, gradient, old in zip(group, gradients, before, strict=True):
+                parameter.grad = gradient + extra * old * (old.ndim > 1)
+        for optimizer, group, which in (
+            (mine, parameters, options),
+            (theirs, plain, options.model_copy(update={"weight_decay": 0.0})),
+        ):
+            which.adjust(optimizer, [p.grad for p in group], 0.1, 0)  # type: ignore[misc]
+            optimizer.step()
+        with torch.no_grad():
+            if kind == "adam":  # decoupled: the weight shrinks by its own share of the rate beside Adam's step
+                plain[0] -= 0.1 * 0.3 * before[0]
+        for one, other in zip(parameters, plain, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_the_schedule_reaches_the_optimizer() -> None:
