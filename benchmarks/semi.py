@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from trials import Help, Trial, curve, finish, machine, options, refuse_few, refuse_ours, train_all
 
 from gandist import checkpoint
 from gandist.check import read_recipe
@@ -33,7 +30,7 @@ from gandist.data.opening import data_spec
 from gandist.games.classification import scores
 from gandist.games.semi import Semi
 from gandist.plots import Curve, learning_curves
-from gandist.recipe import Failure, InputError
+from gandist.recipe import InputError
 from gandist.restored import restored
 from gandist.run import versions
 
@@ -68,25 +65,13 @@ class Result(NamedTuple):
         return int(scores(self.probabilities, self.labels)["errors"])
 
 
-def settings(job: Job, arguments: argparse.Namespace, classes: int) -> list[str]:
+def settings(job: Job, classes: int) -> list[str]:
     """What sets a run apart, as overrides of the recipe."""
     return [
         f"data.subset={{per_class: {job.labels // classes}, seed: {job.seed}}}",
         f"run.seed={job.seed}",
-        f"run.folder={job.folder(arguments.out)}",
         f"game.supervised_only={str(job.arm == 'supervised').lower()}",
     ]
-
-
-def train(job: Job, arguments: argparse.Namespace, classes: int, threads: int) -> None:
-    """Trains a run, or goes on with it; raises Failure with what it printed where it did not end well."""
-    folder = job.folder(arguments.out)
-    overrides = [*arguments.overrides, *settings(job, arguments, classes)]
-    command = [sys.executable, "-m", "gandist", "train", str(arguments.recipe), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failure(f"{folder}: exit code {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def result(job: Job, arguments: argparse.Namespace) -> Result:
@@ -97,9 +82,8 @@ def result(job: Job, arguments: argparse.Namespace) -> Result:
     _, players = restored(found, device)
     assert isinstance(recipe.game, Semi)
     probabilities, labels = recipe.game.evaluator(recipe.data, data_spec(recipe.data), device).answers(players)
-    rows = [json.loads(line) for line in (job.folder(arguments.out) / "log.jsonl").read_text().splitlines()]
-    points = {row["images"]: row["score/errors"] for row in rows if "score/errors" in row}
-    return Result(job, probabilities.cpu(), labels.cpu(), ([*points], [*points.values()]), found.state.seconds)
+    points = curve(job.folder(arguments.out), "errors")
+    return Result(job, probabilities.cpu(), labels.cpu(), points, found.state.seconds)
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
@@ -134,7 +118,7 @@ def report(results: list[Result], arguments: argparse.Namespace) -> dict[str, An
         "overrides": arguments.overrides,
         "samples": len(results[0].labels),
         "budgets": budgets,
-        "machine": {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "machine": machine(),
         "versions": versions(),
     }
 
@@ -170,10 +154,6 @@ def plural(text: str) -> list[int]:
         ) from None
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text above as it stands, and the defaults."""
-
-
 def measure(arguments: argparse.Namespace) -> int:
     """Trains what is not trained yet, and reports; the exit code."""
     first = read_recipe(arguments.recipe, [*arguments.overrides, "run.folder=unused"])
@@ -186,37 +166,18 @@ def measure(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"--labels {labels}: not the same number for each of {classes} classes; use a multiple of it"
             )
-        read_recipe(arguments.recipe, [*arguments.overrides, *settings(Job("semi", labels, 0), arguments, classes)])
+        job = Job("semi", labels, 0)
+        overrides = [*arguments.overrides, *settings(job, classes), f"run.folder={job.folder(arguments.out)}"]
+        read_recipe(arguments.recipe, overrides)
     if arguments.first_seed < 0:
         raise InputError(f"--first-seed {arguments.first_seed}: must be 0 or more")
-    for override in arguments.overrides:
-        if override.startswith(OURS):
-            raise InputError(f"{override}: is set for each run here; leave it out")
+    refuse_ours(arguments.overrides, OURS)
     if len({*arguments.labels}) < len(arguments.labels):
         raise InputError(f"--labels {arguments.labels}: names a budget twice")
-    for name in ("seeds", "jobs"):
-        given = getattr(arguments, name)
-        if given is not None and given < 1:
-            raise InputError(f"--{name} {given}: must be 1 or more")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = arguments.jobs or cores
+    refuse_few(arguments, "seeds", "jobs")
     wanted = [*jobs(arguments)]
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise InputError(f"--out {arguments.out}: is a file; name a folder")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{len(wanted)} runs, {min(at_once, len(wanted))} at a time; {arguments.out}/*/log.jsonl shows how far they are",
-        file=sys.stderr,
-    )
-    with ThreadPoolExecutor(at_once) as pool:
-        waiting = {pool.submit(train, job, arguments, classes, max(1, cores // at_once)): job for job in wanted}
-        try:
-            for number, done in enumerate(as_completed(waiting), 1):
-                done.result()
-                print(f"{number} of {len(wanted)}: {waiting[done].folder(arguments.out)}", file=sys.stderr)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    trials = [Trial(job.folder(arguments.out), [*arguments.overrides, *settings(job, classes)]) for job in wanted]
+    train_all(arguments.recipe, trials, arguments.jobs, arguments.out)
     results = [result(job, arguments) for job in wanted]
     found = report(results, arguments)
     text = table(found)
@@ -234,30 +195,15 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """The command line; exit codes: 0 done, 1 failed, 2 the input is at fault, 75 stopped."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="of the game `semi`")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as `gandist train` takes them")
     parser.add_argument(
         "--labels", type=plural, default=[20, 50, 100, 200], metavar="N,…", help="budgets, of all classes together"
     )
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0, help="the seeds are this one and the next ones")
-    parser.add_argument("--jobs", type=int, help="runs side by side; one a core unless given")
-    parser.add_argument("--out", type=Path, default=Path("runs/semi"), help="folder of the runs and the report")
+    options(parser, 10, "runs/semi")
     arguments = parser.parse_intermixed_args()
-    try:
-        code = measure(arguments)
-    except InputError as error:
-        print(f"semi: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("semi: stopped; the same command goes on", file=sys.stderr)
-        code = 75
-    except Failure as error:
-        print(f"semi: {error}", file=sys.stderr)
-        code = 1
-    sys.exit(code)
+    finish("semi", lambda: measure(arguments))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py [--game gan] [--size 64] [--batch 64] [--rounds 9] [--steps 4] [--json FILE]
     python benchmarks/step.py --game semi [--precision fp32] [--batch 100] [--rounds 9] [--steps 10] [--json FILE]
+    python benchmarks/step.py --game segment [--size 160] [--batch 4] [--rounds 9] [--steps 2] [--json FILE]
 
 Both run in this process, in turns of a few steps, so that what else the machine does falls on both alike. The plain loop
 is written as in the PyTorch DCGAN example: eager, fp32, default memory format and optimizer, one generator forward a
@@ -11,6 +12,10 @@ average of the generator and writes its log.
 `--game semi` plays the MNIST experiment of Salimans et al. 2016, its networks and batch, on garments of 28 pixels. Its plain loop is the
 usual port: fp32, layers written as their formulas are (with `--layers gandist`, the trainer's own), torch's Adam, a forward of the discriminator for each of the labelled, unlabelled and generated rows and for both sides of
 feature matching, fakes detached for the discriminator, its gradients computed and thrown away in the generator's turn, and the average.
+
+`--game segment` plays the Stanford experiment of Luc et al. 2016, the multi-scale network of Farabet et al. and the adversary of two branches, on
+scenes of garments. Its plain loop: fp32, the same modules, cross entropy and the adversary's verdict for the segmenter, whose maps are then detached for
+the adversary, two forwards of it for true and made maps, its gradients computed and thrown away in the segmenter's turn, images in memory.
 """
 
 from __future__ import annotations
@@ -63,8 +68,18 @@ game:
     ema: {{half_life_images: 693_113, ramp_up: null, from_zero: true}}
 run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 100}}
 """,
+    "segment": """\
+data: {{path: {data}, transform: {{canvas: [{size}, {size}]}}}}
+game:
+  kind: segment
+  segmenter: {{network: {{kind: farabet}}, optimizer: {{learning_rate: 1e-4}}, ema: {{}}}}
+  adversary: {{network: {{kind: two_branch}}, optimizer: {{learning_rate: 1e-4}}}}
+run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 10}}
+""",
 }
-BATCH = {"gan": 64, "semi": 100}
+BATCH = {"gan": 64, "semi": 100, "segment": 4}
+SIZE = {"gan": 64, "semi": None, "segment": 160}
+SCENES = 64  # enough: neither loop looks at what is in them
 
 
 class Plain:
@@ -196,6 +211,44 @@ class PlainSemi:
         self.optimizers[1].step()
 
 
+class PlainSegment:
+    """The same of the segment game."""
+
+    def __init__(
+        self, segmenter: nn.Module, adversary: nn.Module, images: Tensor, masks: Tensor, classes: int, batch: int
+    ) -> None:
+        self.segmenter, self.adversary = segmenter, adversary
+        self.images, self.masks, self.classes, self.batch = images, masks, classes, batch
+        self.criterion = nn.BCEWithLogitsLoss()
+        self.optimizers = [
+            torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0.5, 0.999)) for m in (segmenter, adversary)
+        ]
+        self.place = 0
+
+    def __call__(self) -> None:
+        first = self.place % (len(self.images) - self.batch + 1)
+        self.place += self.batch
+        images, masks = self.images[first : first + self.batch], self.masks[first : first + self.batch]
+        ones, zeros = torch.ones(self.batch, device=images.device), torch.zeros(self.batch, device=images.device)
+
+        self.optimizers[0].zero_grad()
+        logits = self.segmenter(images)
+        size = logits.shape[2:]
+        small = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        truth = F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].long()
+        made = logits.softmax(1)
+        loss = F.cross_entropy(logits, truth) + self.criterion(self.adversary(made, small), ones)
+        loss.backward()
+        self.optimizers[0].step()
+
+        self.optimizers[1].zero_grad()
+        right = F.one_hot(truth, self.classes).permute(0, 3, 1, 2).float()
+        loss = self.criterion(self.adversary(right, small), ones)
+        loss = loss + self.criterion(self.adversary(made.detach(), small), zeros)
+        loss.backward()
+        self.optimizers[1].step()
+
+
 def peak_gflops(device: torch.device, dtype: torch.dtype) -> float:
     """What a 2048³ matrix product reaches, the best of ten."""
     a = torch.randn(2048, 2048, device=device).to(dtype)
@@ -244,8 +297,10 @@ def processor() -> str:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds, as the JSON that is written."""
     data = folder / "data"
-    semi = arguments.game == "semi"
-    pack(Packing("embedded:fashion-mnist", data, Options(size=None if semi else arguments.size)))
+    semi, segment = arguments.game == "semi", arguments.game == "segment"
+    pack(
+        Packing("generated:fashion-scenes" if segment else "embedded:fashion-mnist", data, Options(size=arguments.size))
+    )
     path = folder / "recipe.yaml"
     path.write_text(RECIPES[arguments.game].format(data=data, folder=folder / "run", **vars(arguments)))
     recipe = read_recipe(path, [])
@@ -253,19 +308,23 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     assert isinstance(recipe.game, Game)
 
     sides = recipe.game.sides(data_spec(recipe.data))
-    stream = open_batches(recipe.data, Share(("image", "label"), 1024, 0, world.device))
+    answer = "mask" if segment else "label"
+    stream = open_batches(recipe.data, Share(("image", answer), SCENES if segment else 1024, 0, world.device))
     (batch,) = stream.read(0)
-    images, labels = batch["image"].contiguous(), batch["label"]
+    images, labels = batch["image"].contiguous(), batch[answer]
     stream.close()
     bare = {name: side.build().to(world.device) for name, side in sides.items()}
-    players = bare["generator"], bare["discriminator"]
+    players: tuple[nn.Module, ...] = (*bare.values(),)
     if semi and arguments.layers == "plain":
         players = PlainGenerator().to(world.device), PlainDiscriminator().to(world.device)
-    plain: Callable[[], object] = (
-        PlainSemi(*players, images, labels, 100, arguments.batch)
-        if semi
-        else Plain(*players, images, 100, arguments.batch)
-    )
+    first, second = players
+    plain: Callable[[], object]
+    if segment:
+        plain = PlainSegment(first, second, images, labels, 11, arguments.batch)
+    elif semi:
+        plain = PlainSemi(first, second, images, labels, 100, arguments.batch)
+    else:
+        plain = Plain(first, second, images, 100, arguments.batch)
     stop = Stop(world)
     timings: dict[str, list[float]] = {"plain": [], "trainer": []}
     with running(recipe, world) as run:
@@ -289,9 +348,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     quarter = len(ratios) // 4
     speeds = {name: arguments.batch / statistics.median(values) for name, values in timings.items()}
     peaks = {name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})}
-    names = ("layers", "batch", "rounds", "steps") if semi else ("size", "width", "batch", "rounds", "steps")
+    own = {"semi": ("layers",), "segment": ("size",), "gan": ("size", "width")}[arguments.game]
+    names = (*own, "batch", "rounds", "steps")
     setting = {
-        "network": "salimans_mlp" if semi else "dcgan",
+        "network": {"semi": "salimans_mlp", "segment": "farabet", "gan": "dcgan"}[arguments.game],
         **{name: getattr(arguments, name) for name in names},
     }
     return {
@@ -350,9 +410,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--game", default="gan", choices=[*RECIPES])
     parser.add_argument("--layers", choices=["plain", "gandist"], help="of the plain loop of semi; plain unless given")
-    parser.add_argument("--size", type=int, help="of gan: pixels of a side, 64 unless given")
+    parser.add_argument("--size", type=int, help="of gan and segment: pixels of a side, 64 and 160 unless given")
     parser.add_argument("--width", type=int, help="of gan: channels of the networks next to the image, 64 unless given")
-    parser.add_argument("--batch", type=int, help="64, and 100 of semi, unless given")
+    parser.add_argument("--batch", type=int, help="64, of semi 100 and of segment 4, unless given")
     parser.add_argument("--rounds", type=int, default=9, help="9 unless given")
     parser.add_argument("--steps", type=int, default=4, help="steps of each contestant in a round, 4 unless given")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
@@ -363,9 +423,11 @@ def main() -> None:
             parser.error(f"--{name} {getattr(arguments, name)}: must be 1 or more")
     if arguments.game == "semi" and (arguments.size or arguments.width):
         parser.error("--size and --width have no effect on the networks of semi")
-    if arguments.game == "gan" and arguments.layers:
-        parser.error("--layers has no effect on gan")
-    arguments.size, arguments.width = arguments.size or 64, arguments.width or 64
+    if arguments.game != "semi" and arguments.layers:
+        parser.error(f"--layers has no effect on {arguments.game}")
+    if arguments.game == "segment" and arguments.width:
+        parser.error("--width has no effect on the networks of segment")
+    arguments.size, arguments.width = arguments.size or SIZE[arguments.game], arguments.width or 64
     arguments.layers = arguments.layers or "plain"
     arguments.batch = arguments.batch or BATCH[arguments.game]
     report(measure, table, arguments)

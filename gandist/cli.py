@@ -224,6 +224,11 @@ def _print_hint(dataset: Any) -> None:
                 )
             )
         return
+    if dataset.manifest.mask is not None:
+        scored = "" if "test" in dataset.manifest.splits else " run.evaluate_images=null"
+        words = f"gandist train configs/stanford_best.yaml data.path={dataset.location} run.folder=runs/{Path(dataset.location).name}{scored}"
+        print(printable(f"\ntrain on it:  {words}"))
+        return
     crop = " data.transform.crop=64" if image.height is None else ""
     samples = sum(shard.samples for shard in next(iter(dataset.manifest.splits.values())))
     batch = f" run.batch={samples}" if samples < 64 else ""

@@ -50,7 +50,7 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]], what: str, path: Path
     bottom, top = axes.get_ylim()
     axes.set(xlabel="images", ylabel=what, yscale="log" if top > 3 * max(bottom, 1) else "linear")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}" if top > 3 else "{x:.2f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

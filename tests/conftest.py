@@ -21,12 +21,14 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from gandist.cli import main
 from gandist.data.dataset import Dataset
 from gandist.data.opening import open_reader
 from gandist.data.order import Full, places_of
 from gandist.data.pack import Options, Packing, pack
+from gandist.data.sources.scenes import scene
 from gandist.data.stream import Batch, Share, Stream
 from gandist.game import Clock, Phase, Players
 from gandist.launcher import World
@@ -36,6 +38,7 @@ from gandist.recipe import DataOptions, Recipe
 from gandist.train import step
 
 ROOT = Path(__file__).parent.parent
+SIZES = [(37, 50), (48, 40), (64, 64), (33, 41), (40, 57), (52, 36), (45, 45)]  # (height, width)
 
 # A process of a test gets one thread: two ranks share two cores, and the sums of a layer stay in one order.
 ENVIRONMENT = {
@@ -125,6 +128,20 @@ def tensors(players: Players) -> dict[str, np.ndarray]:
         for file, found in player.tensors().items()
         for key, tensor in found.items()
     }
+
+
+def scenes_on_disk(folder: Path, count: int, sizes: list[tuple[int, int]] = SIZES) -> Path:
+    """Scenes cut to several sizes, as image and mask folders; the first rows of each mask are ignored."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number in range(count):
+        height, width = sizes[number % len(sizes)]
+        made = scene(number)
+        mask = made.mask[:height, :width].copy()
+        mask[: 1 + number % 3] = 255
+        Image.fromarray(made.image[:height, :width]).save(folder / "images" / f"scene_{number:03}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"scene_{number:03}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, packed, rows
+from conftest import ROOT, SIZES, packed, rows, scenes_on_disk
 from PIL import Image
 
 from gandist.check import read_recipe
@@ -43,6 +43,11 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, fashion: Path) -> Callabl
             np.savez(folder / f"{name}.npz", **parts)
             packed(folder / f"{name}.npz", folder / name)
             return folder / name
+        if name in ("stanford", "fashion-scenes"):
+            if (folder / name).exists():
+                return folder / name
+            scenes_on_disk(folder / f"{name}-source", 40, SIZES if name == "stanford" else [(64, 64)])
+            return packed(folder / f"{name}-source", folder / name).store.local or folder
         if values is None:
             return fashion
         if not (folder / name).exists():

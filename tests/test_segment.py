@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import Result, Table, on_ranks, open_stream, packed, rows, run, tensor_files, tensors
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    SIZES,
+    Result,
+    Table,
+    on_ranks,
+    open_stream,
+    packed,
+    rows,
+    run,
+    scenes_on_disk,
+    tensor_files,
+    tensors,
+)
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
@@ -38,21 +54,6 @@ from gandist.windows import Answers, InferenceOptions, answered, probabilities, 
 CPU = torch.device("cpu")
 BATCH = 8
 CLASSES = 11
-SIZES = [(37, 50), (48, 40), (64, 64), (33, 41), (40, 57), (52, 36), (45, 45)]  # (height, width)
-
-
-def written(folder: Path, count: int, sizes: list[tuple[int, int]] = SIZES) -> Path:
-    """Scenes cut to several sizes, as image and mask folders; the first rows of each mask are ignored."""
-    for part in ("images", "masks"):
-        (folder / part).mkdir(parents=True)
-    for number in range(count):
-        height, width = sizes[number % len(sizes)]
-        made = scene(number)
-        mask = made.mask[:height, :width].copy()
-        mask[: 1 + number % 3] = 255
-        Image.fromarray(made.image[:height, :width]).save(folder / "images" / f"scene_{number:03}.png")
-        Image.fromarray(mask).save(folder / "masks" / f"scene_{number:03}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *["top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
     )
     packed(
-        written(folder / "source", 35),
+        scenes_on_disk(folder / "source", 35),
         folder / "scenes",
         splits=(("train", 0.8), ("test", 0.2)),
         shuffle=0,
@@ -664,7 +665,7 @@ def test_another_dataset_of_the_same_classes_is_scored_by_its_path(
         "background",
         *["top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
     )
-    written(tmp_path / "source", 6, [(60, 30), (30, 61)])
+    scenes_on_disk(tmp_path / "source", 6, [(60, 30), (30, 61)])
     (tmp_path / "tree" / "test").mkdir(parents=True)
     for part in ("images", "masks"):
         (tmp_path / "source" / part).rename(tmp_path / "tree" / "test" / part)
@@ -733,7 +734,7 @@ def test_masks_of_predict_are_palette_pngs_of_the_images_size_and_overlays_have_
         (["data.subset={samples: 99}"], "asks for 99, and the split has 28"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_written(
+def test_what_does_not_fit_is_told_before_anything_is_scenes_on_disk(
     scenes: Path, tmp_path: Path, gandist: Callable[..., Result], overrides: list[str], said: str
 ) -> None:
     failed = gandist("train", recipe_of(tmp_path, scenes), *overrides)
@@ -753,3 +754,51 @@ def test_a_subset_without_labels_is_so_many_samples_chosen_by_its_seed(
         assert done.code == 0, done.err
         chosen.append(done.out)
     assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_the_paired_report_is_of_its_runs_and_goes_on(scenes: Path, tmp_path: Path) -> None:
+    """One seed, then a second one beside it: differences, deviations and the interval are those of the runs."""
+    path = recipe_of(tmp_path, scenes)
+
+    def report(*more: object) -> subprocess.CompletedProcess[str]:
+        words = [
+            sys.executable,
+            ROOT / "benchmarks" / "paired.py",
+            path,
+            "run.images=32",
+            *more,
+            "--jobs",
+            2,
+            "--out",
+            tmp_path / "paired",
+        ]
+        return subprocess.run(
+            [*map(str, words)], capture_output=True, text=True, env=ENVIRONMENT, timeout=200, check=False
+        )
+
+    first = report("--seeds", 1)
+    assert first.returncode == 0, first.stderr
+    assert "| mean_iou |" in first.stdout
+    written = tmp_path / "paired" / "with_0" / "checkpoints" / "images_000000032" / "state.json"
+    before = written.stat().st_mtime_ns
+    both = report("--seeds", 2)
+    assert both.returncode == 0, both.stderr
+    assert written.stat().st_mtime_ns == before
+    found = json.loads((tmp_path / "paired" / "paired.json").read_text())["scores"]["mean_iou"]
+    finals = {}
+    for arm in ("with", "without"):
+        files = [
+            next((tmp_path / "paired" / f"{arm}_{seed}" / "evaluations").glob("images_000000032*.json"))
+            for seed in (0, 1)
+        ]
+        finals[arm] = [json.loads(file.read_text())["scores"]["mean_iou"] for file in files]
+        assert found[arm]["values"] == finals[arm]
+    differences = [a - b for a, b in zip(finals["with"], finals["without"], strict=True)]
+    assert found["difference"]["mean"] == pytest.approx(np.mean(differences))
+    assert found["difference"]["standard_deviation"] == pytest.approx(np.std(differences, ddof=1))
+    assert found["difference"]["half_width"] == pytest.approx(12.706 * np.std(differences, ddof=1) / math.sqrt(2))
+    assert Image.open(tmp_path / "paired" / "paired.png").size[0] > 500
+    for wrong, why in ((["run.seed=1"], "is set for each run here"), (["--score", "errors"], "is none of mean_iou")):
+        failed = report("--seeds", 1, *wrong)
+        assert failed.returncode == 2
+        assert why in failed.stderr

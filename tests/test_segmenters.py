@@ -7,12 +7,14 @@ import hashlib
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from einops import rearrange
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -444,8 +446,11 @@ REASON = "pip install 'gandist[zoo]'"
 
 
 @pytest.fixture(scope="module")
-def zoo() -> Any:
+def zoo() -> Iterator[Any]:
     """timm, beside segmentation_models_pytorch; also where torchvision was built for another torch, whose operators it then lacks."""
+    # In a folder of its own: torchmetrics imports a torchvision that it finds, and this one fails without the operators below.
+    apart = str(ROOT / ".venv" / "zoo")
+    sys.path.append(apart)
     for name in ("torchvision", "timm", "segmentation_models_pytorch"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: {REASON}")
@@ -460,7 +465,8 @@ def zoo() -> Any:
         for name in sorted(set(re.findall(r'register_fake\("torchvision::(\w+)"\)', text))):
             library.define(f"{name}(Tensor boxes) -> Tensor")
     pytest.importorskip("segmentation_models_pytorch", reason=REASON)
-    return pytest.importorskip("timm", reason=REASON)
+    yield pytest.importorskip("timm", reason=REASON)
+    sys.path.remove(apart)
 
 
 ZOO: list[dict[str, Any]] = [

@@ -1,0 +1,165 @@
+"""What one part of a recipe is worth: the same runs with it and without it, several seeds, and the difference.
+
+    python benchmarks/paired.py RECIPE [KEY=VALUE …] [--without game.adversary=null] [--seeds 5] [--jobs N] [--out DIR]
+
+For each seed it trains the recipe twice, with `run.seed` set to the seed: as it is, and with the overrides of `--without`. Both have the
+same initial weights, data order and steps, so that a pair differs by nothing else. Then it writes, of every score of the game: mean ±
+standard deviation over the seeds of either, and of their differences with a 95 % confidence interval (Student's t), every single run, and the
+curves over training on held-out and, with `game.scores.train_samples`, on training images, as paired.json, paired.md and paired.png. All
+seeds are reported, and none is chosen. `{seed}` in an override becomes the seed: data.path=datasets/stanford-{seed} gives each pair a
+division of its own.
+
+`--jobs` runs train side by side, one a core unless given, with the cores shared between them. Stopped at any moment, the same command goes
+on: finished runs are read, unfinished ones resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from trials import Help, Trial, curve, finish, machine, options, refuse_few, refuse_ours, train_all
+
+from gandist.check import read_recipe
+from gandist.game import Game
+from gandist.plots import learning_curves
+from gandist.recipe import InputError
+from gandist.run import versions
+
+OURS = ("run.seed", "run.folder")
+ARMS = ("with", "without")
+# Student's t at 97.5 % for 1, 2, … degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
+     2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+
+
+def trial(arm: str, seed: int, arguments: argparse.Namespace) -> Trial:
+    """One run."""
+    given = [*arguments.overrides, *(arguments.without if arm == "without" else [])]
+    overrides = [override.replace("{seed}", str(seed)) for override in given]
+    return Trial(arguments.out / f"{arm}_{seed}", [*overrides, f"run.seed={seed}"])
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation and the half width of the 95 % confidence interval of the mean; None with one value."""
+    if len(values) < 2:
+        return {"values": values, "mean": mean(values), "standard_deviation": None, "half_width": None}
+    deviation = stdev(values)
+    t = T[min(len(values) - 1, len(T)) - 1]
+    half = t * deviation / sqrt(len(values))
+    return {"values": values, "mean": mean(values), "standard_deviation": deviation, "half_width": half}
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """The last evaluation of a run."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = [row for row in found if any(name.startswith("score/") for name in row)]
+    if not last:
+        raise InputError(f"{folder}: has no scores; set `run.evaluate_images`")
+    return {name.removeprefix("score/"): value for name, value in last[-1].items() if name.startswith("score/")}
+
+
+def report(arguments: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
+    """Everything, as the JSON that is written."""
+    found = {arm: [scores(trial(arm, seed, arguments).folder) for seed in seeds] for arm in ARMS}
+    names = [name for name in found["with"][0] if all(name in one for several in found.values() for one in several)]
+    table = {}
+    for name in names:
+        here, there = ([one[name] for one in found[arm]] for arm in ARMS)
+        differences = [a - b for a, b in zip(here, there, strict=True)]
+        table[name] = {"with": spread(here), "without": spread(there), "difference": spread(differences)}
+    return {
+        "benchmark": "paired",
+        "recipe": arguments.recipe.name,
+        "overrides": arguments.overrides,
+        "without": arguments.without,
+        "seeds": seeds,
+        "scores": table,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def in_words(found: dict[str, Any], signed: bool = False) -> str:
+    """Mean ± deviation."""
+    text = f"{found['mean']:{'+' if signed else ''}.4f}"
+    return text + (f" ± {found['standard_deviation']:.4f}" if found["standard_deviation"] is not None else "")
+
+
+def table(found: dict[str, Any]) -> str:
+    """The report for a reader, as Markdown."""
+    count = len(found["seeds"])
+    lines = [
+        f"{found['recipe']}{' with ' + ' '.join(found['overrides']) if found['overrides'] else ''}, and the same with "
+        f"{' '.join(found['without'])}: {count} seed{'s' * (count > 1)}, mean ± standard deviation; the interval is the 95 % one of the mean difference.",
+        "",
+        "| score | without | with | difference | interval |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, entry in found["scores"].items():
+        difference = entry["difference"]
+        half = difference["half_width"]
+        interval = "" if half is None else f"{difference['mean'] - half:+.4f} … {difference['mean'] + half:+.4f}"
+        cells = in_words(entry["without"]), in_words(entry["with"]), in_words(difference, signed=True)
+        lines.append(f"| {name} | {' | '.join(cells)} | {interval} |")
+    return "\n".join(lines)
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Trains what is not trained yet, and reports; the exit code."""
+    arguments.without = arguments.without or ["game.adversary=null"]
+    refuse_ours([*arguments.overrides, *arguments.without], OURS)
+    refuse_few(arguments, "seeds", "jobs")
+    if arguments.first_seed < 0:
+        raise InputError(f"--first-seed {arguments.first_seed}: must be 0 or more")
+    seeds = [*range(arguments.first_seed, arguments.first_seed + arguments.seeds)]
+    trials = [trial(arm, seed, arguments) for seed in seeds for arm in ARMS]
+    for one in trials:
+        recipe = read_recipe(arguments.recipe, [*one.overrides, f"run.folder={one.folder}"])
+        assert isinstance(recipe.game, Game)
+        if recipe.run.evaluate_images is None:
+            raise InputError(
+                f"{arguments.recipe}: `run.evaluate_images` is not set, so that there is nothing to compare"
+            )
+    train_all(arguments.recipe, trials, arguments.jobs, arguments.out)
+    found = report(arguments, seeds)
+    score = next(iter(found["scores"])) if arguments.score is None else arguments.score
+    if score not in found["scores"]:
+        raise InputError(f"--score {score}: is none of {', '.join(found['scores'])}")
+    text = table(found)
+    (arguments.out / "paired.json").write_text(json.dumps(found, indent=1) + "\n")
+    (arguments.out / "paired.md").write_text(text + "\n")
+    curves = {
+        f"{arm}, {words}": [curve(trial(arm, seed, arguments).folder, name) for seed in seeds]
+        for arm in ARMS
+        for name, words in ((score, "held out"), (f"train/{score}", "training images"))
+        if name in found["scores"]
+    }
+    learning_curves(curves, score, arguments.out / "paired.png")
+    print(text)
+    print(f"\nwritten to {arguments.out}: paired.json, paired.md, paired.png")
+    return 0
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument(
+        "--without",
+        action="append",
+        metavar="KEY=VALUE",
+        help="what the other run of a pair has; game.adversary=null unless given",
+    )
+    parser.add_argument("--score", help="whose curves are drawn; the first unless given")
+    options(parser, 5, "runs/paired")
+    arguments = parser.parse_intermixed_args()
+    finish("paired", lambda: measure(arguments))
+
+
+if __name__ == "__main__":
+    main()
