@@ -23,7 +23,7 @@ from gandist.recipe import InputError, Recipe, Section, load, wording
 from gandist.restored import restored
 
 _MAX_EVALUATION = 4 << 20
-MAY_CHANGE = ("data.", "game.scores.", "game.inference.")  # by overrides: what the weights do not depend on
+MAY_CHANGE = ("data.", "game.scores.")  # by overrides: what the weights do not depend on
 
 
 class _Written(Section):
@@ -36,11 +36,11 @@ class _Written(Section):
 
 def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
     """The recipe of a checkpoint under overrides of its data and its scores; raises InputError."""
+    sections = MAY_CHANGE + (("game.inference.",) if "inference" in found.state.recipe.get("game", {}) else ())
     for override in overrides:
-        if not override.startswith(MAY_CHANGE):
-            raise InputError(
-                f"{override}: only `data.…`, `game.scores.…` and `game.inference.…` can be changed for trained weights"
-            )
+        if not override.startswith(sections):
+            *names, last = (f"`{section}…`" for section in sections)
+            raise InputError(f"{override}: only {', '.join(names)} and {last} can be changed for trained weights")
     overrides = [*overrides, *_only_split(found, overrides)]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "recipe.yaml"

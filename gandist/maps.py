@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log
 from typing import Literal
 
 import torch
@@ -76,6 +77,15 @@ def dice(probabilities: Tensor, truth: Tensor) -> Tensor:
     return 1 - mean
 
 
+def log_frequency(pixels: tuple[int, ...], present: tuple[int, ...]) -> list[float]:
+    """1 / log(1.02 + p) for a class of the share p of all labelled pixels (Paszke et al. 2016, ENet), so scaled that a pixel weighs 1 on
+    average; from 50 for none to 1.4 for all, before."""
+    total = max(1, sum(pixels))
+    found = [1 / log(1.02 + n / total) for n in pixels]
+    mean = sum(weight * n / total for weight, n in zip(found, pixels, strict=True)) or 1.0
+    return [weight / mean for weight in found]
+
+
 def median_frequency(pixels: tuple[int, ...], present: tuple[int, ...]) -> list[float]:
     """The weight of each class: the median of all frequencies over its own (Eigen and Fergus 2015).
 
@@ -84,3 +94,6 @@ def median_frequency(pixels: tuple[int, ...], present: tuple[int, ...]) -> list[
     found = [p / n if p else 0.0 for p, n in zip(pixels, present, strict=True)]
     middle = torch.tensor([f for f in found if f]).median().item() if any(found) else 1.0
     return [middle / f if f else 1.0 for f in found]
+
+
+CLASS_WEIGHTS = {"median_frequency": median_frequency, "log_frequency": log_frequency}

@@ -44,7 +44,17 @@ from gandist.game import Clock
 from gandist.games.segment import Segment, in_block
 from gandist.launcher import World
 from gandist.log import Meter
-from gandist.maps import at_grid, cross_entropy, dice, labelled, median_frequency, one_hot, product, scaled
+from gandist.maps import (
+    at_grid,
+    cross_entropy,
+    dice,
+    labelled,
+    log_frequency,
+    median_frequency,
+    one_hot,
+    product,
+    scaled,
+)
 from gandist.pairs import PairOptions, views
 from gandist.palette import palette
 from gandist.recipe import DataOptions, Recipe, RunOptions, TransformOptions
@@ -194,6 +204,14 @@ def test_the_dice_loss_is_zero_for_a_perfect_answer_and_written_out_for_any() ->
 def test_classes_weigh_by_the_median_of_the_frequencies() -> None:
     # class 0: 10 of 100 pixels of its images, class 1: 40 of 80, class 2: 20 of 100; class 3 occurs nowhere
     assert median_frequency((10, 40, 20, 0), (100, 80, 100, 0)) == pytest.approx([2.0, 0.4, 1.0, 1.0])
+
+
+def test_classes_weigh_by_the_logarithm_of_their_share_and_a_pixel_weighs_one_on_average() -> None:
+    pixels = (10, 70, 20)
+    found = log_frequency(pixels, (100, 100, 100))
+    assert np.dot(found, pixels) == pytest.approx(100)
+    for one, n in zip(found, pixels, strict=True):
+        assert one / found[0] == pytest.approx(math.log(1.02 + 0.1) / math.log(1.02 + n / 100))
 
 
 # ---- who learns what

@@ -38,6 +38,7 @@ SEGMENTERS: list[dict[str, Any]] = [
     {"kind": "farabet", "hidden": 5},
     {"kind": "dilated8", "width": 2},
     {"kind": "dilated8", "width": 2, "context": False},
+    {"kind": "unet", "width": 2, "blocks": [1, 1], "decoder": 4},
 ]
 ADVERSARIES: list[dict[str, Any]] = [
     {"kind": "two_branch"},
@@ -605,3 +606,42 @@ def test_a_backbone_computes_what_the_classifier_does_whose_weights_it_started_f
     less = written(tmp_path / "w.safetensors", dict([*state.items()][2:]))
     with pytest.raises(Failure, match=re.escape(next(iter(inner(module).backbone.state_dict())))):
         segmenter(kind="timm", model=model, weights=less.model_dump()).start(module)
+
+
+# ---- U-Net
+
+
+def test_a_unet_gives_logits_at_half_the_size_of_any_image_that_it_takes() -> None:
+    options = segmenter(kind="unet", width=4, blocks=[1, 1, 1], decoder=8)
+    module = options.build(3, 5).eval()
+    for height, width in ((8, 8), (37, 50), (9, 16)):
+        assert module(torch.zeros(2, 3, height, width)).shape == (2, 5, -(-height // 2), -(-width // 2))
+    assert not [*options.faults(3, 8, 8)]
+    (fault,) = options.faults(3, 7, 30)
+    assert "needs images of 8 pixels a side or more, and these have 30×7" in fault
+
+
+def test_residual_branches_of_a_unet_give_nothing_at_first_and_all_weights_learn() -> None:
+    module = segmenter(kind="unet", width=4, blocks=[2, 2], decoder=8).build(3, 5)
+    block = module.network.stages[0][1]
+    features = torch.rand(2, 4, 6, 6)
+    torch.testing.assert_close(block(features), features)
+    with torch.no_grad():
+        for part in module.modules():  # as after a step: a branch that gives nothing has no gradient behind it
+            if isinstance(part, nn.BatchNorm2d):
+                part.weight.add_(0.1)
+    module(torch.randn(4, 3, 16, 16)).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+
+
+def test_a_dropped_path_is_left_out_of_whole_rows_in_training_alone() -> None:
+    module = segmenter(kind="unet", width=4, blocks=[1, 1], decoder=8, drop_path=0.5).build(3, 5)
+    block = module.network.stages[1][0]
+    nn.init.ones_(block.norm2.weight)
+    torch.manual_seed(0)
+    features = torch.rand(400, 4, 4, 4)
+    skipped = block.skip(features).relu()
+    left_out = (block(features) == skipped).flatten(1).all(1)
+    assert 0.4 < left_out.float().mean() < 0.6
+    block.eval()
+    assert not (block(features) == block.skip(features).relu()).flatten(1).all(1).any()

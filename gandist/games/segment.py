@@ -17,7 +17,7 @@ from gandist.game import Clock, Phase, Players, Segmenting, Side, always
 from gandist.games.segmentation import Segmentation, SegmentationOptions
 from gandist.health import Symptom
 from gandist.losses import at_least_fp32
-from gandist.maps import Encoding, at_grid, cross_entropy, dice, labelled, median_frequency, one_hot, product, scaled
+from gandist.maps import CLASS_WEIGHTS, Encoding, at_grid, cross_entropy, dice, labelled, one_hot, product, scaled
 from gandist.networks.segmentation import AnyAdversary, AnySegmenter
 from gandist.pairs import PairOptions, views
 from gandist.palette import beside
@@ -89,7 +89,7 @@ class Segment(Segmenting):
     pixels: Literal["mean", "sum"] = (
         "mean"  # of an image, in the cross entropy: decides what `adversarial.weight` means
     )
-    class_weights: Literal["median_frequency"] | None = None
+    class_weights: Literal["median_frequency", "log_frequency"] | None = None
     dice: Weight | None = None  # weight of 1 − the Dice coefficient, beside the cross entropy
     unlabelled: UnlabelledOptions | None = None
     augmentation: PairOptions | None = None
@@ -223,7 +223,9 @@ class Segment(Segmenting):
     # ---- how it is played
 
     def phases(self, spec: Spec) -> tuple[Phase, ...]:
-        weights = median_frequency(spec.mask_pixels, spec.mask_present) if self.class_weights is not None else None
+        weights = None
+        if self.class_weights is not None:
+            weights = CLASS_WEIGHTS[self.class_weights](spec.mask_pixels, spec.mask_present)
         block = self.adversarial.block
         first, second = (always, always) if block is None else (partial(in_block, block, turn) for turn in (0, 1))
         learn = Phase("segmenter", partial(self.segmenter_loss, weights), when=first)

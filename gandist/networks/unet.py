@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ class Unet(SegmenterOptions):
     """Down to a half, and with each further entry of `blocks` to half of that, so many residual blocks at each size; up again by
     bilinear doubling, adding what was there on the way down; logits at half the size of the image."""
 
-    kind: str = "unet"
+    kind: Literal["unet"]
     width: Width = 48  # channels at half the size; 2, 4, 8 and 8 times as many below
     blocks: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(strict=False, min_length=2, max_length=5)] = (
         1, 2, 2, 2,
