@@ -27,7 +27,7 @@ from trials import Help, Trial, curve, finish, machine, options, refuse_few, ref
 from gandist.check import read_recipe
 from gandist.game import Game
 from gandist.plots import learning_curves
-from gandist.recipe import InputError
+from gandist.recipe import Failure, InputError
 from gandist.run import versions
 
 OURS = ("run.seed", "run.folder")
@@ -55,11 +55,12 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """The last evaluation of a run."""
+    """The evaluation of a run at its end; raises Failure where there is none."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = [row for row in found if any(name.startswith("score/") for name in row)]
+    images = max(row["images"] for row in found if "images" in row)
+    last = [row for row in found if row.get("images") == images and any(name.startswith("score/") for name in row)]
     if not last:
-        raise InputError(f"{folder}: has no scores; set `run.evaluate_images`")
+        raise Failure(f"{folder}: has no scores at its end; log.jsonl says why")
     return {name.removeprefix("score/"): value for name, value in last[-1].items() if name.startswith("score/")}
 
 

@@ -14,7 +14,7 @@ from gandist.data.opening import data_spec, open_reader
 from gandist.data.plain import locations
 from gandist.data.read import BadSample
 from gandist.data.stream import PARTS
-from gandist.game import GAMES, Game, Generative
+from gandist.game import GAMES, Game, Generative, Segmenting
 from gandist.launcher import ranks
 from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Source, load
 
@@ -77,13 +77,15 @@ def contradictions(
         faults, parts = [*missing_parts(game, spec)], set(game.parts(spec))
         for location, message in faults or game.faults(spec):
             source.fault(("game", *location), message)
-        if isinstance(game, Generative) and "image" in game.parts(spec) and data is not None:
+        if isinstance(game, Generative | Segmenting) and "image" in game.parts(spec) and data is not None:
             moved = data.transform
             if moved.mean is not None or moved.range != (-1.0, 1.0):
-                source.fault(
-                    ("data", "transform", "range" if moved.mean is None else "mean"),
-                    f"the game {game.kind} makes and scores images in −1 … 1, so real ones must lie there too; leave it out",
+                why = (
+                    f"the game {game.kind} makes and scores images in −1 … 1, so real ones must lie there too"
+                    if isinstance(game, Generative)
+                    else f"networks of the game {game.kind} take images in −1 … 1, and those with weights normalise them themselves"
                 )
+                source.fault(("data", "transform", "range" if moved.mean is None else "mean"), f"{why}; leave it out")
             other = data.unlabelled_transform
             if other is not None and (other.mean is not None or other.range != (-1.0, 1.0)):
                 source.fault(

@@ -226,6 +226,8 @@ def _print_hint(dataset: Any) -> None:
         return
     if dataset.manifest.mask is not None:
         scored = "" if "test" in dataset.manifest.splits else " run.evaluate_images=null"
+        samples = sum(shard.samples for shard in next(iter(dataset.manifest.splits.values())))
+        scored += f" run.batch={samples}" if samples < 16 else ""
         words = f"gandist train configs/stanford_best.yaml data.path={dataset.location} run.folder=runs/{Path(dataset.location).name}{scored}"
         print(printable(f"\ntrain on it:  {words}"))
         return
@@ -595,6 +597,13 @@ def predict(
     bad: Annotated[
         str, typer.Option(help="what becomes of damaged images: refuse (and name the first), or skip (and count)")
     ] = "refuse",
+    inference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="YAML",
+            help="of a segmenter, such as '{flip: true, window: [512, 512]}'; as the run says unless given",
+        ),
+    ] = None,
 ) -> None:
     """Name the class of each image, with the classifier of a run of the game `semi`, or of each pixel, with the segmenter of `segment`.
 
@@ -608,7 +617,7 @@ def predict(
     import torch
 
     from gandist import checkpoint
-    from gandist.masks import MaskPredictor, write_masks
+    from gandist.masks import MaskPredictor, inference_of, write_masks
     from gandist.predict import Predictor, write_predictions
     from gandist.sample import refuse_taken
 
@@ -620,7 +629,11 @@ def predict(
     )
     options: Any = {"skip": bad == "skip", "split": split}
     segments = found.state.spec.mask is not None and "segmenter.safetensors" in found.files
+    if inference is not None and not segments:
+        raise InputError(f"--inference: has no effect on {found.folder}, which has no segmenter")
     predictor = None if segments else Predictor(found, device, **options)
+    if inference is not None:
+        options["inference"] = inference_of(inference)
     segmenter = MaskPredictor(found, device, **options) if segments else None
     folder = checkpoint.outside(out or found.folder.parent.parent / "predictions" / found.folder.name)
     refuse_taken(folder, "predictions.csv")

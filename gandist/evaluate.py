@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import ConfigDict, Field, PlainValidator, SerializeAsAny, ValidationError
 
 from gandist import checkpoint
 from gandist.check import contradictions, learned_from
-from gandist.data.dataset import Dataset
+from gandist.data.dataset import Dataset, Spec
 from gandist.data.opening import data_digest, data_spec
+from gandist.data.storage import refuse_secrets
 from gandist.evaluations import channels, write_evaluation
-from gandist.game import GAMES, Evaluation, Game
+from gandist.game import GAMES, Evaluation, Game, Segmenting
 from gandist.launcher import World
 from gandist.metrics.features import TorchScriptOptions
 from gandist.metrics.protocol import Card, card, refuse_comparison
-from gandist.recipe import InputError, Recipe, Section, load, wording
+from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Section, Source, load, wording
 from gandist.restored import restored
 
 _MAX_EVALUATION = 4 << 20
@@ -36,19 +38,29 @@ class _Written(Section):
 
 def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
     """The recipe of a checkpoint under overrides of its data and its scores; raises InputError."""
-    sections = MAY_CHANGE + (("game.inference.",) if "inference" in found.state.recipe.get("game", {}) else ())
+    sections = MAY_CHANGE + (
+        ("game.inference.",)
+        if "inference" in (game if isinstance(game := found.state.recipe.get("game"), dict) else {})
+        else ()
+    )
     for override in overrides:
         if not override.startswith(sections):
             *names, last = (f"`{section}…`" for section in sections)
             raise InputError(f"{override}: only {', '.join(names)} and {last} can be changed for trained weights")
-    overrides = [*overrides, *_only_split(found, overrides)]
+    given = {override.partition("=")[0] for override in overrides}
+
+    def check(source: Source, data: DataOptions | None, game: Any, _: RunOptions | None) -> None:
+        if data is not None and isinstance(game, Segmenting):
+            return  # images of any size are answered: what else they need is looked at by `_spec`
+        with suppress(InputError, Failure):  # of a dataset that is not there, which is told below
+            data = _fitted(found, data, given) if data is not None else None
+        contradictions(source, data, game, None)
+
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "recipe.yaml"
         path.write_text(yaml.safe_dump(found.state.recipe, sort_keys=False))
         try:
-            recipe = load(
-                path, overrides, GAMES, lambda source, data, game, _: contradictions(source, data, game, None)
-            )
+            recipe = load(path, overrides, GAMES, check)
         except InputError as error:  # the lines are those of a file that nobody has
             raise InputError(
                 re.sub(r"\bline \d+: ", "", str(error).replace(str(path), f"the recipe of {found.folder}"))
@@ -60,24 +72,68 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
             f"{found.folder}: asks for a TorchScript program, {features.path}; name it yourself if you trust it: "
             "'game.scores.features={kind: torchscript, path: …, sha256: …}', or other features"
         )
-    return recipe
+    refuse_secrets(recipe.data.path, "a recipe is copied into logs and checkpoints")
+    if recipe.data.reader != "index" or not _another(found, recipe.data):
+        return recipe
+    return _for_another(recipe.model_copy(update={"data": _fitted(found, recipe.data, given)}), given)
 
 
-def _only_split(found: checkpoint.Checkpoint, overrides: list[str]) -> list[str]:
-    """Another dataset of one split alone is scored on that one, whatever it is called."""
-    given = dict(override.split("=", 1) for override in overrides if "=" in override)
-    if "data.path" not in given:
-        return []
-    splits = [*Dataset(given["data.path"]).manifest.splits]
-    scores = found.state.recipe.get("game", {}).get("scores", {})
-    wanted = {"data.split": found.state.recipe.get("data", {}).get("split", "train")}
-    if isinstance(scores, dict) and isinstance(scores.get("split"), str):
-        wanted["game.scores.split"] = scores["split"]
-    return [
-        f"{key}={splits[0]}"
-        for key, split in wanted.items()
-        if len(splits) == 1 and key not in given and split != splits[0]
-    ]
+def _another(found: checkpoint.Checkpoint, data: DataOptions) -> bool:
+    """Whether this is another dataset than the run was trained on."""
+    return bool(data_digest(data) != found.state.decisive.get("data"))
+
+
+def _fitted(found: checkpoint.Checkpoint, data: DataOptions, given: set[str]) -> DataOptions:
+    """The same, of another dataset that has a single split that one, unless `data.split` was given."""
+    if data.reader != "index" or "data.split" in given or not _another(found, data):
+        return data
+    splits = [*Dataset(data.path).manifest.splits]
+    return data.model_copy(update={"split": splits[0]}) if len(splits) == 1 else data
+
+
+def _for_another(recipe: Recipe, given: set[str]) -> Recipe:
+    """Scores of another dataset are of its single split, where it has one alone, and none of them is of the run's own training."""
+    assert isinstance(recipe.game, Game)
+    scores, changes = getattr(recipe.game, "scores", None), dict[str, Any]()
+    splits = [*Dataset(recipe.data.path).manifest.splits]
+    if len(splits) == 1 and "game.scores.split" not in given and recipe.game.held_out is not None:
+        changes["split"] = splits[0]
+    if getattr(scores, "train_samples", 0) and "game.scores.train_samples" not in given:
+        changes["train_samples"] = 0
+    if not isinstance(scores, Section) or not changes:
+        return recipe
+    game = recipe.game.model_copy(update={"scores": scores.model_copy(update=changes)})
+    return recipe.model_copy(update={"game": game})
+
+
+def _spec(found: checkpoint.Checkpoint, recipe: Recipe) -> Spec:
+    """What is scored; raises InputError where the run could not have been trained on the like of it.
+
+    A segmenter answers images of any size, so that theirs may be another one; its classes are those of the run.
+    """
+    path, trained = recipe.data.path, found.state.spec
+    if not isinstance(recipe.game, Segmenting):
+        spec = data_spec(recipe.data)
+        if spec.image != trained.image or spec.signal != trained.signal:
+            raise InputError(f"`data.path`: {path} has other samples than those that {found.folder} was trained on")
+        return spec
+    spec = Dataset(path).spec(recipe.data.split)
+    mine, theirs = trained.mask, spec.mask
+    assert mine is not None
+    assert trained.image is not None
+    if spec.image is None or theirs is None:
+        raise InputError(f"`data.path`: {path} has no images with masks; pack some, as docs/segment.md says")
+    if spec.image.channels != trained.image.channels:
+        raise InputError(
+            f"`data.path`: its images have {spec.image.channels} channels, and {found.folder} was trained on {trained.image.channels}"
+        )
+    named = mine.names and theirs.names and mine.names[: theirs.classes] != theirs.names
+    if theirs.classes > mine.classes or named:
+        raise InputError(
+            f"`data.path`: {path} has the {theirs.classes} mask classes {', '.join(theirs.names)}, and {found.folder} was trained on the "
+            f"{mine.classes} classes {', '.join(mine.names)}; pack it with the same numbers and the same --names"
+        )
+    return spec.model_copy(update={"mask": mine.model_copy(update={"ignore": theirs.ignore})})
 
 
 def evaluate(
@@ -90,13 +146,10 @@ def evaluate(
         raise InputError(f"--out {folder}: is a file; name a folder")
     _, players = restored(found, world.device)
     assert isinstance(recipe.game, Game)
-    spec = data_spec(recipe.data)
-    if recipe.game.held_out == recipe.data.split and data_digest(recipe.data) == found.state.decisive.get("data"):
-        raise InputError(f"`game.scores.split`: {learned_from(recipe.data.split)}")
-    if spec.image != found.state.spec.image or spec.signal != found.state.spec.signal:
-        raise InputError(
-            f"`data.path`: {recipe.data.path} has other samples than those that {found.folder} was trained on"
-        )
+    spec = _spec(found, recipe)
+    trained = str(found.state.recipe["data"].get("split", "train"))
+    if recipe.game.held_out == trained and not _another(found, recipe.data):
+        raise InputError(f"`game.scores.split`: {learned_from(trained)}")
     evaluation = recipe.game.evaluator(recipe.data, spec, world.device)(players)
     if evaluation is None:
         return None, None

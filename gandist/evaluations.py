@@ -42,5 +42,5 @@ def channels(spec: Spec) -> int:
 
 
 def in_words(scores: dict[str, float]) -> str:
-    """Scores for a line of text."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    """Scores for a line of text, without those of single classes."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if not name.startswith("iou/"))

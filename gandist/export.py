@@ -32,7 +32,7 @@ from gandist.exported import (
     folded,
     load,
 )
-from gandist.game import Classifying, Game, Generative, Side
+from gandist.game import Classifying, Game, Generative, Segmenting, Side
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Judged
 from gandist.networks.noise import Noise
 from gandist.recipe import Failure, InputError, TransformOptions, suggestion
@@ -67,6 +67,11 @@ def export(found: checkpoint.Checkpoint, out: Path, player: str = "generator", o
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: is there already; name a new folder, or an empty one")
     game, players = restored(found, torch.device("cpu"))
+    if isinstance(game, Segmenting):
+        raise InputError(
+            f"{found.folder}: players of the game {game.kind} are not exported yet; `gandist predict` uses the segmenter, whose "
+            f"weights are {'segmenter.ema' if players['segmenter'].ema is not None else 'segmenter'}.safetensors"
+        )
     if player not in players:
         raise InputError(f"--player {player!r}: not a player of {found.folder}{suggestion(player, [*players])}")
     module = players[player].ema or players[player].module.eval()

@@ -291,7 +291,7 @@ class Classifying(Game):
 class Segmenting(Game):
     """A game whose player `segmenter` gives logits (B, K, h, w) of the classes of places of images (B, C, H, W)."""
 
-    # Not decisive for a weight, and yet a part of what is restored: it says how images are answered.
+    # Not decisive for a weight, and yet restored with the weights: it says how images are answered.
     inference: Annotated[InferenceOptions, Field(json_schema_extra={"harmless": True, "kept": True})] = (
         InferenceOptions()
     )

@@ -119,12 +119,18 @@ class TensorBoard:
         self._writer.add_image(name, picture, images, dataformats="HWC")
 
     def table(self, name: str, table: Table, images: int) -> None:
-        lines = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.rows]
+        lines = [[_cell(value) for value in row] for row in table.rows]
         head = [list(table.columns), ["---"] * len(table.columns)]
         self._writer.add_text(name, "\n".join(f"| {' | '.join(cells)} |" for cells in [*head, *lines]), images)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _cell(value: str | float | None) -> str:
+    """A value in a Markdown table, whatever a stranger called it."""
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "".join(letter if letter.isprintable() and letter != "|" else "?" for letter in text)
 
 
 TRACKERS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard}

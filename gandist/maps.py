@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import log
+from statistics import median
 from typing import Literal
 
 import torch
@@ -16,15 +17,23 @@ from gandist.losses import at_least_fp32, mean_over_ranks
 Encoding = Literal["basic", "product", "scaling"]
 
 
-def at_grid(mask: Tensor, height: int, width: int) -> Tensor:
-    """Class numbers (B, H, W) at the places of a grid (B, height, width): each takes the pixel in the middle of its cell."""
-    if mask.shape[1:] == (height, width):
+def at_grid(mask: Tensor, stride: int) -> Tensor:
+    """Class numbers (B, H, W) at the places of a grid (B, ⌈H/stride⌉, ⌈W/stride⌉): each takes the pixel in the middle of its cell.
+
+    Where the stride does not divide a side, the last cells reach beyond it, and take its last pixel if their middle does too.
+    """
+    if stride == 1:
         return mask
     rows, columns = (
-        (torch.arange(places, device=mask.device) * 2 + 1) * side // (2 * places)
-        for places, side in ((height, mask.shape[1]), (width, mask.shape[2]))
+        (torch.arange(-(-side // stride), device=mask.device) * stride + stride // 2).clamp_max(side - 1)
+        for side in mask.shape[1:]
     )
     return mask[:, rows[:, None], columns]
+
+
+def over_cells(images: Tensor, stride: int) -> Tensor:
+    """The means (B, C, ⌈H/stride⌉, ⌈W/stride⌉) of images (B, C, H, W) over the cells of the same grid, as far as there are pixels."""
+    return images if stride == 1 else F.avg_pool2d(images, stride, ceil_mode=True)
 
 
 def one_hot(mask: Tensor, classes: int) -> Tensor:
@@ -92,7 +101,7 @@ def median_frequency(pixels: tuple[int, ...], present: tuple[int, ...]) -> list[
     The frequency of a class is its pixels over all labelled pixels of the images that it occurs in; one that occurs nowhere weighs 1.
     """
     found = [p / n if p else 0.0 for p, n in zip(pixels, present, strict=True)]
-    middle = torch.tensor([f for f in found if f]).median().item() if any(found) else 1.0
+    middle = median([f for f in found if f] or [1.0])
     return [middle / f if f else 1.0 for f in found]
 
 

@@ -20,16 +20,17 @@ from torch import Tensor
 from gandist import checkpoint
 from gandist.check import MAX_BATCH
 from gandist.data.dataset import Spec, write_atomically
-from gandist.data.decode import Pixels, decoded
+from gandist.data.decode import ENCODED, Pixels, decoded
 from gandist.game import Segmenting
 from gandist.inputs import Found, images_of, plain
 from gandist.palette import bytes_of_palette
 from gandist.pictures import overlay, save_png
 from gandist.player import Player
-from gandist.recipe import Failure, InputError, TransformOptions
+from gandist.recipe import Failure, InputError, Source, TransformOptions, parse, wording
 from gandist.restored import restored
 from gandist.windows import Answers, InferenceOptions, answered
 
+MAX_PARTS = 8  # of a path that an image's name is
 Progress = Callable[[int, int], None]
 
 
@@ -117,11 +118,28 @@ class MaskPredictor:
                 yield Answer(image._replace(data=b""), pixels, mask.cpu(), float(sure.mean()))
 
 
+def inference_of(text: str) -> InferenceOptions:
+    """Options as YAML; raises InputError."""
+    source = Source("--inference")
+    values = parse(text, source)
+    source.refuse_faults()
+    try:
+        return InferenceOptions.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--inference: `{'.'.join(map(str, first['loc']))}`: {wording(first)}") from None
+
+
 def file_of(name: str, taken: set[str]) -> str:
-    """A path for the results of an image: its own name, as far as that is one that every file system has, and no other's."""
-    parts = [re.sub(r"[^A-Za-z0-9._ -]", "_", part).strip(". ")[:80] for part in name.replace("\\", "/").split("/")]
-    parts = [part for part in parts if part] or ["image"]
-    stem = "/".join([*parts[:-1], re.sub(r"\.[A-Za-z0-9]{1,5}$", "", parts[-1]) or "image"])
+    """A path for the results of an image: its own name without suffix, as far as that is one that every file system has, and no other's.
+
+    A folder has no dot in its name, so that none is called like a file.
+    """
+    stem, dot, suffix = name.rpartition(".")
+    parts = (stem if dot and suffix.lower() in ENCODED else name).replace("\\", "/").split("/")
+    parts = [re.sub(r"[^\w. -]", "_", part).strip(". ")[:60] for part in parts[-MAX_PARTS:]]
+    *folders, last = [part for part in parts if part] or ["image"]
+    stem = "/".join([*(folder.replace(".", "_") for folder in folders), last])
     found, number = stem, 1
     while found.lower() in taken:
         number += 1

@@ -7,7 +7,7 @@ mask at the nearest pixel; what lies beside the image is 0, and ignored in the m
 from __future__ import annotations
 
 from math import log, radians
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -67,8 +67,16 @@ class PairOptions(Section):
         ]
 
 
-def views(options: PairOptions, batch: Batch, images: str, masks: str | None = None) -> tuple[Tensor, Tensor | None]:
-    """The crops (B, C, h, w) of a part of the batch, and those of its masks (B, h, w)."""
+class View(NamedTuple):
+    """Crops (B, C, h, w) of images, where they show one (B, h, w), and the class numbers there (B, h, w); all ignored without masks."""
+
+    images: Tensor
+    inside: Tensor
+    mask: Tensor
+
+
+def views(options: PairOptions, batch: Batch, images: str, masks: str | None = None) -> View:
+    """The crops of a part of the batch, and of its masks."""
     canvas = batch[images]
     dice = Dice(batch.size, batch.source(f"pairs/{images}"), batch.device)
     rows = slice(batch.rows.start, batch.rows.stop)
@@ -84,10 +92,10 @@ def views(options: PairOptions, batch: Batch, images: str, masks: str | None = N
     # A canvas lies in memory by pixel, and so should its crop: convolutions run faster on it.
     found = (found * inside[:, None]).contiguous(memory_format=torch.channels_last)
     if masks is None:
-        return found, None
-    place = (y.round() * canvas.shape[3] + x.round()).long().flatten(1)
+        return View(found, inside, torch.full_like(inside, IGNORED, dtype=torch.int64))
+    place = (y.round().long() * canvas.shape[3] + x.round().long()).flatten(1)
     mask = batch[masks].flatten(1).gather(1, place).view(-1, height, width)
-    return found, torch.where(inside, mask, IGNORED)
+    return View(found, inside, torch.where(inside, mask, IGNORED))
 
 
 def _places(
@@ -103,7 +111,8 @@ def _places(
     angle = dice.uniform(-radians(options.degrees), radians(options.degrees))[rows]
     flip = torch.where(dice.uniform(0, 1)[rows] < 0.5 * options.flip, -1.0, 1.0)
     down, across = dice.uniform(0, 1)[rows], dice.uniform(0, 1)[rows]
-    by_x, by_y = 1 / (scale * (1 + stretch)), (1 + stretch) / scale  # pixels of the image for one of the crop
+    ratio = (1 + stretch).sqrt()
+    by_x, by_y = 1 / (scale * ratio), ratio / scale  # pixels of the image for one of the crop
     middle = []
     for share, length, size in ((down, extent[:, 0], height * by_y), (across, extent[:, 1], width * by_x)):
         first, last = torch.minimum(size / 2, length - size / 2), torch.maximum(size / 2, length - size / 2)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, WrapValidator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 MAX_BYTES = 256 * 1024  # a recipe is a page; a larger file is not a recipe
 MAX_DEPTH = 12
@@ -229,10 +229,14 @@ class Recipe(Section):
 
     def decisive(self) -> dict[str, Any]:
         """Dotted keys and values of all that decides the result; a run goes on only where these are equal."""
-        return dict(_decisive(self, ""))
+        return {name: value for name, value, _ in _decisive(self, "")}
+
+    def defaults(self) -> dict[str, Any]:
+        """Likewise, of those that have a default, the default."""
+        return {name: default for name, _, default in _decisive(self, "") if default is not PydanticUndefined}
 
 
-def _decisive(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
+def _decisive(section: Section, prefix: str) -> Iterator[tuple[str, Any, Any]]:
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("harmless"):
@@ -240,7 +244,7 @@ def _decisive(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Section):
             yield from _decisive(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield prefix + name, value, info.get_default()
 
 
 @dataclass

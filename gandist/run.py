@@ -210,10 +210,12 @@ class Run:
 
     def _refuse_changes(self, state: checkpoint.State) -> None:
         now = checkpoint.as_json(self.decisive)
+        # A key that the version which began the run did not have is as if it had had the default.
+        new = {key: value for key, value in self.recipe.defaults().items() if key not in state.decisive}
         changes = [
             f"  `{key}`: {state.decisive.get(key, '(absent)')} → {now.get(key, '(absent)')}"
             for key in sorted(now.keys() | state.decisive.keys())
-            if now.get(key) != state.decisive.get(key) and key != "data"
+            if now.get(key) != state.decisive.get(key, checkpoint.as_json(new).get(key)) and key != "data"
         ]
         if now["data"] != state.decisive.get("data"):
             changes.append(f"  `data.path`: {self.recipe.data.path} is not the dataset that it was begun with")
@@ -348,7 +350,8 @@ class Run:
         """Waits for the data of the next step, and returns what is wrong with it on this rank."""
         if self.clock.done:
             return []
-        return self.stream.ready(sorted({draw for phase in draws(self.phases, self.clock.step) for draw in phase}))
+        wanted = zip(self.phases, draws(self.phases, self.clock.step), strict=True)
+        return self.stream.ready(sorted({draw for phase, found in wanted if phase.when(self.clock) for draw in found}))
 
     def cannot_go_on(self, faults: list[Fault]) -> bool:
         """Notes the faults of all ranks; whether the data is lost, or more samples are bad than `data.quarantine` allows.
@@ -468,9 +471,9 @@ class Run:
             if found is not None and self._log:
                 write_evaluation(self.folder, self.clock.images, found, channels(self.spec))
                 for name, panels in found.panels.items():
-                    self._log.mirror_picture(name, captioned(panels.images, panels.captions), self.clock.images)
+                    self._log.mirror_picture(f"evaluation/{name}", captioned(*panels), self.clock.images)
                 for name, table in found.tables.items():
-                    self._log.mirror_table(name, table, self.clock.images)
+                    self._log.mirror_table(f"evaluation/{name}", table, self.clock.images)
                 self._log.row({"images": self.clock.images, **{f"score/{n}": v for n, v in found.scores.items()}})
                 self.bar.say(
                     f"{self.clock.images:,} images: {in_words(found.scores)} ({time.monotonic() - began:.0f} s)"

@@ -16,6 +16,8 @@ from gandist.data.transform import Moves, values
 from gandist.losses import at_least_fp32
 from gandist.recipe import Section, Side, TransformOptions
 
+TOGETHER = 1 << 20  # pixels that are answered at once, where images are small enough for several
+
 
 class InferenceOptions(Section):
     """How an image is answered: the mean of the probabilities over `scales` and, with `flip`, of the mirror image as well.
@@ -126,7 +128,13 @@ def answered(
     for place, pixels in enumerate(images):
         alike.setdefault(pixels.shape, []).append(place)
     found: dict[int, Tensor] = {}
-    for shape, places in alike.items():
+    groups = (
+        (shape, places[first : first + count])
+        for shape, places in alike.items()
+        for count in [max(1, TOGETHER // (shape[0] * shape[1]))]
+        for first in range(0, len(places), count)
+    )
+    for shape, places in groups:
         seen = torch.stack([as_seen(images[place], transform) for place in places])
         seen = seen.to(device).contiguous(memory_format=torch.channels_last)
         for place, one in zip(places, probabilities(answers, seen, options, (shape[0], shape[1])), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from gandist.data.dataset import Dataset
-from gandist.data.opening import data_spec
+from gandist.data.opening import data_spec, open_reader
 from gandist.data.sources.scenes import scene
 from gandist.data.stream import EXTENT, IGNORED, Batch
 from gandist.game import Clock
@@ -52,9 +53,11 @@ from gandist.maps import (
     log_frequency,
     median_frequency,
     one_hot,
+    over_cells,
     product,
     scaled,
 )
+from gandist.masks import file_of
 from gandist.pairs import PairOptions, views
 from gandist.palette import palette
 from gandist.recipe import DataOptions, Recipe, RunOptions, TransformOptions
@@ -165,12 +168,19 @@ def test_product_is_each_map_times_each_channel() -> None:
                 assert torch.equal(found[row, 3 * one + channel], maps[row, one] * image[row, channel])
 
 
-def test_the_truth_of_a_coarser_grid_is_the_pixel_in_the_middle_of_each_cell() -> None:
+def test_the_truth_of_a_coarser_grid_is_the_pixel_in_the_middle_of_each_cell_of_the_logits() -> None:
     mask = torch.arange(48).view(1, 6, 8)
-    assert at_grid(mask, 6, 8) is mask
-    assert at_grid(mask, 2, 2).tolist() == [[[10, 14], [34, 38]]]
-    assert torch.equal(at_grid(mask, 3, 4), mask[:, 1::2, 1::2])
-    assert torch.equal(at_grid(mask.flip(2), 2, 8), at_grid(mask, 2, 8).flip(2))
+    assert at_grid(mask, 1) is mask
+    assert torch.equal(at_grid(mask, 2), mask[:, 1::2, 1::2])
+    assert at_grid(mask, 4).tolist() == [[[18, 22], [42, 46]]]  # rows 2 and 6, of which the last is 5
+    # a ramp brought to the grid and back stays where it was, also where the stride does not divide the side
+    ramp = torch.arange(41).expand(1, 41, 41)
+    back = to_size(at_grid(ramp, 8)[:, None].float(), 8, (41, 41), (41, 41))
+    assert (back[0, 0, 0, 4:37] - torch.arange(4, 37)).abs().max() <= 0.5
+    images = torch.rand(1, 2, 5, 7)
+    cells = over_cells(images, 4)
+    assert cells.shape == (1, 2, 2, 2)
+    torch.testing.assert_close(cells[0, :, 1, 1], images[0, :, 4:, 4:].mean((1, 2)))
 
 
 # ---- losses
@@ -281,7 +291,7 @@ def test_ignored_pixels_change_no_gradient(scenes: Path, options: dict[str, Any]
         with torch.no_grad():
             logits = at.players["segmenter"](batch["image"])
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-        hidden = at_grid(batch["mask"], *logits.shape[2:]) == IGNORED
+        hidden = at_grid(batch["mask"], 2) == IGNORED
 
         segmenter = at.players["segmenter"]
         if changed:
@@ -418,17 +428,15 @@ class _Rows:
 
 def test_a_crop_without_chance_is_the_image_itself() -> None:
     images, masks = torch.randn(2, 3, 9, 12), torch.randint(5, (2, 9, 12))
-    found, mask = views(PairOptions(flip=False), _Rows.of(images, masks), "image", "mask")
+    found, _, mask = views(PairOptions(flip=False), _Rows.of(images, masks), "image", "mask")
     torch.testing.assert_close(found, images, rtol=0, atol=1e-5)
-    assert mask is not None
     assert torch.equal(mask, masks)
 
 
 def test_image_and_mask_move_together() -> None:
     masks = torch.randint(2, (64, 12, 12)).repeat_interleave(4, 1).repeat_interleave(4, 2)
     options = PairOptions(crop=(40, 36), scale=(0.7, 1.5), stretch=0.2, degrees=20)
-    found, mask = views(options, _Rows.of(masks[:, None].float() * 2 - 1, masks), "image", "mask")
-    assert mask is not None
+    found, _, mask = views(options, _Rows.of(masks[:, None].float() * 2 - 1, masks), "image", "mask")
     assert found.shape == (64, 1, 40, 36)
     known = mask != IGNORED
     assert (found[:, 0][~known] == 0).all()
@@ -439,7 +447,7 @@ def test_image_and_mask_move_together() -> None:
 def test_half_of_the_crops_are_mirrored_and_scales_lie_between_the_two_factors() -> None:
     ramp = torch.arange(101.0).expand(400, 1, 101, 101) / 50 - 1
     options = PairOptions(crop=(21, 21), scale=(0.5, 2.0))
-    found, _ = views(options, _Rows.of(ramp, torch.zeros(400, 101, 101, dtype=torch.int64)), "image", "mask")
+    found, *_ = views(options, _Rows.of(ramp, torch.zeros(400, 101, 101, dtype=torch.int64)), "image", "mask")
     slope = (found[:, 0, 10, 15] - found[:, 0, 10, 5]) * 5  # pixels of the image for one of the crop
     assert 0.43 < (slope < 0).float().mean() < 0.57
     factors = 1 / slope.abs()
@@ -451,18 +459,29 @@ def test_half_of_the_crops_are_mirrored_and_scales_lie_between_the_two_factors()
 def test_a_crop_lies_within_a_larger_image_and_around_a_smaller_one() -> None:
     extents = torch.tensor([[40, 30]]).expand(50, 2)
     masks = torch.zeros(50, 40, 40, dtype=torch.int64)
-    small, mask = views(
+    small, _, mask = views(
         PairOptions(crop=(20, 20)), _Rows.of(torch.ones(50, 1, 40, 40), masks, extents), "image", "mask"
     )
-    assert mask is not None
     assert (mask == 0).all()
     assert torch.allclose(small, torch.ones(()))
-    large, mask = views(
+    large, _, mask = views(
         PairOptions(crop=(60, 60)), _Rows.of(torch.ones(50, 1, 40, 40), masks, extents), "image", "mask"
     )
-    assert mask is not None
     assert ((mask == 0).sum((1, 2)) == 40 * 30).all()
     assert torch.equal(large[:, 0] != 0, mask == 0)
+
+
+def test_a_stretch_changes_the_ratio_of_the_sides_and_not_the_area() -> None:
+    extents = torch.tensor([[50, 50]]).expand(200, 2)
+    options = PairOptions(crop=(120, 120), stretch=0.5)
+    batch = _Rows.of(torch.ones(200, 1, 50, 50), torch.zeros(200, 50, 50, dtype=torch.int64), extents)
+    inside = views(options, batch, "image", "mask").inside
+    heights, widths = inside.any(2).sum(1), inside.any(1).sum(1)
+    ratio = widths / heights
+    assert ratio.min() > 0.47
+    assert ratio.max() < 1.55
+    assert ratio.min() < 0.55 < 1.4 < ratio.max()
+    torch.testing.assert_close((heights * widths).float(), torch.full((200,), 2500.0), rtol=0.04, atol=0)
 
 
 def test_a_row_is_cropped_and_coloured_the_same_in_any_part_of_the_batch() -> None:
@@ -474,8 +493,6 @@ def test_a_row_is_cropped_and_coloured_the_same_in_any_part_of_the_batch() -> No
     for first, last in ((0, 4), (4, 8), (3, 5)):
         part = _Rows.of(images[first:last], masks[first:last], size=8, start=first)
         for one, other in zip(views(options, part, "image", "mask"), whole, strict=True):
-            assert one is not None
-            assert other is not None
             assert torch.equal(one, other[first:last])
 
 
@@ -604,7 +621,8 @@ def test_a_run_logs_scores_samples_and_what_each_player_loses(trained: Path) -> 
     assert sheet.shape[1] == 3 * sheet.shape[0] or sheet.shape[1] > sheet.shape[0]
     (picture,) = (trained / "evaluations").glob("images_000000064_*_worst.png")
     assert np.asarray(Image.open(picture)).std() > 10
-    assert [*(trained / "wandb").rglob("*.table.json")]
+    tables = {path.name.partition("_")[0] for path in (trained / "wandb").rglob("*.table.json")}
+    assert tables == {"images", "classes"}
     assert "tracker_failed" not in (trained / "log.jsonl").read_text()
 
 
@@ -663,6 +681,32 @@ def test_evaluate_agrees_with_a_brute_force_count_and_torchmetrics_over_the_mask
     assert scores["iou"] == pytest.approx({names[k]: ious[k] for k in range(CLASSES) if present[k]})
 
 
+def broken(scenes: Path, out: Path, split: str, number: int) -> Path:
+    """The same dataset, and a flipped bit in the mask of one sample."""
+    shutil.copytree(scenes, out)
+    reader = open_reader(DataOptions(path=str(out), split=split))
+    path, mask = Path(reader.where(number)), bytes(reader.members(number)["mask"][1])
+    reader.close()
+    data = bytearray(path.read_bytes())
+    data[data.find(mask) + len(mask) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    return out
+
+
+def test_a_damaged_image_costs_the_scores_unless_it_may_be_passed_over(
+    trained: Path, scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    data = f"data.path={broken(scenes, tmp_path / 'broken', 'test', 3)}"
+    failed = gandist("evaluate", trained, data, "--json", "--out", tmp_path)
+    assert failed.code == 1
+    assert "`data.quarantine` 0 allows no more bad samples" in failed.err
+    done = gandist("evaluate", trained, data, "data.quarantine=1", "--json", "--out", tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["samples"] == 6
+    several = run("evaluate", trained, data, "data.quarantine=1", "--json", "--out", tmp_path, ranks=2)
+    assert json.loads(next(line for line in several.out.splitlines() if line.startswith("{"))) == json.loads(done.out)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_scores_are_the_same_on_any_number_of_processes(
     trained: Path, tmp_path: Path, ranks: int, gandist: Callable[..., Result]
@@ -691,6 +735,63 @@ def test_another_dataset_of_the_same_classes_is_scored_by_its_path(
     done = gandist("evaluate", trained, f"data.path={tmp_path / 'other'}", "--json", "--out", tmp_path)
     assert done.code == 0, done.err
     assert json.loads(done.out)["samples"] == 6
+    assert not any(name.startswith("train/") for name in json.loads(done.out))
+    # under one split with another name, and images larger than the canvas of training
+    scenes_on_disk(tmp_path / "larger", 3, [(64, 64)])
+    for path in (tmp_path / "larger").rglob("*.png"):
+        Image.open(path).resize((90, 70), Image.Resampling.NEAREST).save(path)
+    packed(tmp_path / "larger", tmp_path / "train_alone", names=names)
+    done = gandist("evaluate", trained, f"data.path={tmp_path / 'train_alone'}", "--json", "--out", tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["protocol"]["split"] == "train"
+    packed(tmp_path / "larger", tmp_path / "renamed", names=names[::-1])
+    refused = gandist("evaluate", trained, f"data.path={tmp_path / 'renamed'}", "--out", tmp_path)
+    assert refused.code == 2
+    assert "pack it with the same numbers and the same --names" in refused.err
+
+
+def test_what_a_run_learned_from_is_refused_whatever_is_said_of_its_data(
+    trained: Path, gandist: Callable[..., Result]
+) -> None:
+    for more in ([], ["data.split=test"]):
+        refused = gandist("evaluate", trained, "game.scores.split=train", *more)
+        assert refused.code == 2
+        assert "`game.scores.split`: train is what the run learns from" in refused.err
+
+
+def test_names_of_strangers_become_files_that_every_system_has() -> None:
+    taken: set[str] = set()
+    found = [file_of(name, taken) for name in ("a.jpg", "a.png/x.jpg", "A.PNG", "../../etc/passwd", "scene.0012", "服.png", "/".join("d" * 40), "x\x00y\n.png", "")]  # fmt: skip
+    assert found == ["a", "a_png/x", "A_2", "etc/passwd", "scene.0012", "服", "d/d/d/d/d/d/d/d", "x_y_", "image"]
+    assert all(len(name) < 600 for name in found)
+
+
+def test_a_resting_segmenter_reads_nothing(scenes: Path, tmp_path: Path) -> None:
+    done = run("train", recipe_of(tmp_path, scenes), "game.adversary=null", "game.adversarial.block=3")
+    assert done.code == 0, done.err
+    assert rows(tmp_path / "run")[-1]["images"] == 64
+
+
+def test_answers_of_predict_can_be_asked_for_otherwise(
+    trained: Path, scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    wrong = gandist("predict", trained, scenes, "--inference", "{windw: [16, 16]}")
+    assert wrong.code == 2
+    assert "windw" in wrong.err
+    for name, text in (("plain", "{}"), ("flipped", "{flip: true}")):
+        assert gandist("predict", trained, scenes, "--out", tmp_path / name, "--inference", text).code == 0
+    plain, flipped = ((tmp_path / name / "predictions.csv").read_text() for name in ("plain", "flipped"))
+    assert plain != flipped
+
+
+def test_a_segment_run_says_what_it_cannot_do(trained: Path, tmp_path: Path, gandist: Callable[..., Result]) -> None:
+    for words, said in (
+        (["export", trained, tmp_path / "out"], "`gandist predict` uses the segmenter"),
+        (["sample", trained], "has no generator"),
+    ):
+        failed = gandist(*words)
+        assert failed.code == 2
+        assert said in failed.err
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_bytes(scenes: Path, tmp_path: Path) -> None:
@@ -744,15 +845,21 @@ def test_masks_of_predict_are_palette_pngs_of_the_images_size_and_overlays_have_
         (["game.adversary.ema={}"], "has no effect: the adversary is dropped after training"),
         (["game.inference={overlap: 0.2}"], "`overlap` has no effect without `window`"),
         (["game.scores.split=validation"], "'validation' is not a split"),
-        (["game.scores.train_samples=99"], "and the split has 28; use fewer"),
+        (["game.scores.train_samples=99"], "and the run learns from 28; use fewer"),
         (
             ["data.subset={per_class: 1}"],
             "`subset.per_class` chooses by class, and the dataset has no labels; use `subset.samples`",
         ),
         (["data.subset={samples: 99}"], "asks for 99, and the split has 28"),
+        (
+            ["data.subset={samples: 9}", "game.class_weights=median_frequency"],
+            "nobody counted how often each class occurs",
+        ),
+        (["data.transform.range=[0, 1]"], "networks of the game segment take images in −1 … 1"),
+        (["game.scores.boundary_tolerance=0.5"], "must be at most 0.05"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_scenes_on_disk(
+def test_what_does_not_fit_is_told_before_anything_is_written(
     scenes: Path, tmp_path: Path, gandist: Callable[..., Result], overrides: list[str], said: str
 ) -> None:
     failed = gandist("train", recipe_of(tmp_path, scenes), *overrides)

@@ -38,7 +38,6 @@ SEGMENTERS: list[dict[str, Any]] = [
     {"kind": "farabet", "hidden": 5},
     {"kind": "dilated8", "width": 2},
     {"kind": "dilated8", "width": 2, "context": False},
-    {"kind": "unet", "width": 2, "blocks": [1, 1], "decoder": 4},
 ]
 ADVERSARIES: list[dict[str, Any]] = [
     {"kind": "two_branch"},

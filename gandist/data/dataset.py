@@ -65,6 +65,8 @@ class MaskSpec(Section):
 
     @model_validator(mode="after")
     def _names_fit(self) -> MaskSpec:
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise ValueError(f"two classes are called {twice[0]!r}; scores are told apart by name")
         if len(self.names) not in (0, self.classes):
             raise ValueError(f"{len(self.names)} names for {self.classes} classes")
         return self

@@ -83,7 +83,12 @@ class Batch:
         images = self.parts[part]
         if (found := self.parts.get(part + EXTENT)) is not None:
             return found
-        return torch.tensor(images.shape[2:], device=images.device).expand(len(images), 2)
+        sides = (torch.full((len(images),), side, device=images.device) for side in images.shape[2:])
+        return torch.stack([*sides], 1)
+
+    def inside(self, part: str) -> Tensor:
+        """(B, H, W) bool: where a canvas has its image."""
+        return within(self.extent(part), *self.parts[part].shape[2:])
 
     def source(self, purpose: str) -> torch.Generator:
         """Random numbers for the whole global batch, the same on every process, which then takes its own rows of them."""
@@ -98,6 +103,12 @@ class Batch:
         """(B, *shape) of U(0, 1), likewise."""
         noise = torch.rand(self.size, *shape, generator=self.source(purpose), device=self.device)
         return noise[self.rows.start : self.rows.stop]
+
+
+def within(extent: Tensor, height: int, width: int) -> Tensor:
+    """(B, height, width) bool: which pixels of a canvas are of its image, for extents (B, 2)."""
+    down, across = (torch.arange(side, device=extent.device) for side in (height, width))
+    return (down[:, None] < extent[:, 0, None, None]) & (across < extent[:, 1, None, None])
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,8 @@ def view_spec(spec: Spec, options: DataOptions) -> Spec:
         if options.unlabelled_transform is not None and result(options.unlabelled_transform, stored) != image:
             raise ValueError("`unlabelled_transform` gives images of another size than `transform`")
     samples = spec.samples
+    if options.subset is not None:  # what was counted is of all samples
+        spec = spec.model_copy(update={"mask_pixels": (), "mask_present": ()})
     if options.subset is not None and options.subset.per_class is not None:
         if spec.label is None:
             raise ValueError("`subset.per_class` chooses by class, and the dataset has no labels; use `subset.samples`")
@@ -585,9 +598,7 @@ class Stream:
                 if role == "image":
                     parts[part] = values(view.transform, parts[part].permute(0, 3, 1, 2))
                 elif role == "mask":
-                    parts[part] = self._known(
-                        parts[part].long(), loaded.parts.get(view.parts.get("image", "") + EXTENT)
-                    )
+                    parts[part] = self._known(parts[part].long(), parts.get(view.parts.get("image", "") + EXTENT))
         return self.share.micro_batches(draw, parts, numbers)
 
     def _known(self, mask: Tensor, extent: Tensor | None) -> Tensor:
@@ -596,11 +607,7 @@ class Stream:
         if self.spec.mask.ignore is not None:
             mask = mask.masked_fill_(mask == self.spec.mask.ignore, IGNORED)
         if extent is not None:
-            down, across = (torch.arange(side, device=mask.device) for side in mask.shape[1:])
-            beside = (down[:, None] >= extent.to(mask.device)[:, 0, None, None]) | (
-                across >= extent.to(mask.device)[:, 1, None, None]
-            )
-            mask = mask.masked_fill_(beside, IGNORED)
+            mask = mask.masked_fill_(~within(extent, mask.shape[1], mask.shape[2]), IGNORED)
         return mask
 
     def close(self) -> None:

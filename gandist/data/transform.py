@@ -74,7 +74,7 @@ def refuse_larger(canvas: tuple[int, int], height: int, width: int) -> None:
     """Raises ValueError where an image does not fit on the canvas."""
     if height > canvas[0] or width > canvas[1]:
         raise ValueError(
-            f"is {width}×{height}, larger than `data.transform.canvas` {list(canvas)} (height, width); enlarge it, or set `size` as well"
+            f"an image is {width}×{height}, larger than `data.transform.canvas` {list(canvas)} (height, width); enlarge it, or set `size` as well"
         )
 
 

@@ -13,7 +13,7 @@ from gandist.data.dataset import Dataset
 from gandist.data.decode import Pixels, mask_classes
 from gandist.data.opening import open_batches, open_reader
 from gandist.data.read import Reader
-from gandist.data.stream import Batch, Share, whole_image
+from gandist.data.stream import Batch, Share, choose, whole_image
 from gandist.metrics.distribution import in_order
 from gandist.networks.noise import BLOCK
 from gandist.recipe import DataOptions, Failure, InputError
@@ -24,8 +24,8 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gathered(rows: Tensor, numbers: Tensor) -> Tensor:
-    """The rows of all processes in the order of their numbers, on every process."""
+def gathered(rows: Tensor, numbers: Tensor, whole: bool = True) -> Tensor:
+    """The rows of all processes in the order of their numbers, on every process; `whole`: these are 0 … N − 1, once each."""
     _, count = ranks()
     if count > 1:
         counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(count)]
@@ -39,7 +39,7 @@ def gathered(rows: Tensor, numbers: Tensor) -> Tensor:
             dist.all_gather(parts, padded)
             found.append(torch.cat([p[: int(count)] for p, count in zip(parts, counts, strict=True)]))
         rows, numbers = found
-    return in_order(rows, numbers)
+    return in_order(rows, numbers) if whole else rows[numbers.argsort().to(rows.device)]
 
 
 def any_of_them(mine: bool, device: torch.device) -> bool:
@@ -68,51 +68,62 @@ class Stored(NamedTuple):
 
 
 class WholeSamples:
-    """Images and masks of a split in their own sizes, in its order, in blocks that processes take in turns."""
+    """Images and masks of a split in their own sizes, in blocks that processes take in turns: all, or those of `data.subset`."""
 
     def __init__(self, data: DataOptions, split: str, device: torch.device) -> None:
-        self.data, self.device = data.model_copy(update={"split": split, "subset": None, "shuffle": "full"}), device
+        self.data, self.device = data.model_copy(update={"split": split, "shuffle": "full"}), device
         self.spec = Dataset(data.path).spec(split)
         assert self.spec.samples is not None  # an index has counted them
-        self.samples = self.spec.samples
+        self.numbers: Sequence[int] = range(self.spec.samples)
+        if data.subset is not None and split == data.split:
+            reader = open_reader(self.data)
+            self.numbers = choose(reader, self.data, self.spec.label.classes if self.spec.label else None).tolist()
+            reader.close()
         self.trouble = ""  # with this process's data
-        self.passed_over = 0  # damaged samples of the last reading
+        self.passed_over: list[str] = []  # damaged samples of the last reading, on this process
 
     def sample(self, reader: Reader, number: int) -> Stored:
         """One of them; raises BadSample or ValueError."""
         members = reader.uncached().members(number)
-        pixels, mask = (
-            whole_image(members["image"], self.spec.image),
-            mask_classes(members["mask"][1], members["mask"][0]),
-        )
+        for role in ("image", "mask"):
+            if role not in members:
+                raise ValueError(f"{reader.where(number)}: sample {number} has no {role}")
+        pixels = whole_image(members["image"], self.spec.image)
+        mask = mask_classes(members["mask"][1], members["mask"][0])
         if mask.shape != pixels.shape[:2]:
             raise ValueError(f"has a mask of {mask.shape[1]}×{mask.shape[0]} pixels for another image")
         return Stored(number, pixels, mask)
 
     def blocks(self, count: int, rows: int) -> Iterator[list[Stored]]:
-        """This process's blocks of the first `count` samples, `rows` at a time; the last may have fewer."""
+        """This process's blocks of the first `count` samples, `rows` at a time; the last may have fewer. What is damaged is noted."""
         rank, processes = ranks()
-        self.passed_over = 0
+        self.trouble, self.passed_over = "", []
         reader = open_reader(self.data)
         try:
             for first in range(rank * rows, count, processes * rows):
                 block = []
-                for number in range(first, min(first + rows, count)):
+                for number in self.numbers[first : min(first + rows, count)]:
                     try:
                         block.append(self.sample(reader, number))
-                    except (Failure, ValueError, KeyError) as error:  # a BadSample is a Failure
-                        self.passed_over += 1
-                        if self.passed_over > self.data.quarantine:
-                            self.trouble = self.trouble or f"{reader.where(number)}: sample {number}: {error}"
-                            return  # and on to where all processes meet
+                    except (Failure, ValueError) as error:  # a BadSample is a Failure
+                        where = (
+                            "" if reader.where(number) in str(error) else f"{reader.where(number)}: sample {number} "
+                        )
+                        self.passed_over.append(f"{where}{error}")
                 yield block
         finally:
             reader.close()
 
     def refuse_trouble(self) -> None:
-        """All processes stop together where the data of one was bad; raises Failure."""
-        if any_of_them(bool(self.trouble), self.device):
-            raise Failure(self.trouble or "another process could not read its share of the data for the scores")
+        """All processes stop together where one of them had trouble, or where more samples are bad than may be; raises Failure."""
+        bad = torch.tensor([len(self.passed_over)], device=self.device)
+        if ranks()[1] > 1:
+            dist.all_reduce(bad)
+        too_many = int(bad) > self.data.quarantine
+        if any_of_them(bool(self.trouble), self.device) or too_many:
+            mine = self.trouble or (self.passed_over[0] if self.passed_over else "")
+            advice = f"; `data.quarantine` {self.data.quarantine} allows no more bad samples" if too_many else ""
+            raise Failure((mine or "another process could not score its share of the data") + advice)
 
 
 class HeldOut:
@@ -143,7 +154,7 @@ class HeldOut:
         rank, processes = ranks()
         options = self.data.model_copy(update={"split": split})
         stream = open_batches(options, Share(self.parts, rows, self.seed, self.device))
-        trouble = ""
+        trouble = self.trouble = ""
         try:
             for block in range(rank, -(-count // rows), processes):
                 found = stream.ready([block])

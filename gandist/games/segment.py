@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Annotated, Literal
@@ -17,9 +18,21 @@ from gandist.game import Clock, Phase, Players, Segmenting, Side, always
 from gandist.games.segmentation import Segmentation, SegmentationOptions
 from gandist.health import Symptom
 from gandist.losses import at_least_fp32
-from gandist.maps import CLASS_WEIGHTS, Encoding, at_grid, cross_entropy, dice, labelled, one_hot, product, scaled
+from gandist.maps import (
+    CLASS_WEIGHTS,
+    Encoding,
+    at_grid,
+    cross_entropy,
+    dice,
+    labelled,
+    one_hot,
+    over_cells,
+    product,
+    scaled,
+)
+from gandist.networks.patch import stretched
 from gandist.networks.segmentation import AnyAdversary, AnySegmenter
-from gandist.pairs import PairOptions, views
+from gandist.pairs import PairOptions, View, views
 from gandist.palette import beside
 from gandist.player import PlayerOptions
 from gandist.recipe import DataOptions, Section, harmless
@@ -98,7 +111,11 @@ class Segment(Segmenting):
     # ---- what it needs
 
     def parts(self, spec: Spec) -> tuple[str, ...]:
-        return ("image", "mask", *(("unlabelled",) if self.unlabelled is not None else ()))
+        return (
+            "image",
+            "mask",
+            *(("unlabelled",) if self.unlabelled is not None and self.adversary is not None else ()),
+        )
 
     def faults(self, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
         assert spec.image is not None
@@ -118,6 +135,12 @@ class Segment(Segmenting):
         height, width = self._size(spec)
         for fault in self.segmenter.network.faults(spec.image.channels, height, width):
             yield ("segmenter", "network", "kind"), fault
+        if spec.mask.ignore is not None and spec.mask.ignore < spec.mask.classes:
+            yield (
+                ("kind",),
+                f"the masks ignore class {spec.mask.ignore}, one of the {spec.mask.classes} that the segmenter would learn; give ignored pixels "
+                "another number, such as 255, and number the classes from 0",
+            )
         if self.adversary is not None:
             grid = [-(-side // self.stride) for side in (height, width)]
             if min(grid) < self.adversary.network.smallest:
@@ -126,15 +149,17 @@ class Segment(Segmenting):
                     f"`{self.adversary.network.kind}` needs label maps of {self.adversary.network.smallest} places a side or more, and the "
                     f"segmenter gives {grid[1]}×{grid[0]}",
                 )
-        if self.class_weights is not None and not spec.mask_present:
+            elif self.unlabelled is not None and self._judges_whole_maps(spec):
+                yield (
+                    ("unlabelled",),
+                    f"needs an adversary that judges places, and `{self.adversary.network.kind}` judges whole maps; use `per_pixel` or `patch`",
+                )
+        counted = spec.mask_present if self.class_weights == "median_frequency" else spec.mask_pixels
+        if self.class_weights is not None and not counted:
             yield (
                 ("class_weights",),
-                "the dataset does not say how often each class occurs; pack it anew, or leave it out",
-            )
-        if self.unlabelled is not None and self.adversary is not None and self._judges_whole_maps(spec):
-            yield (
-                ("unlabelled",),
-                f"needs an adversary that judges places, and `{self.adversary.network.kind}` judges whole maps; use `per_pixel` or `patch`",
+                "nobody counted how often each class occurs, since `data.subset` takes a part of the split or the dataset is an old one; leave it "
+                "out, or pack the dataset anew",
             )
         if not self.scores.average and self.segmenter.ema is None:
             yield (
@@ -212,43 +237,45 @@ class Segment(Segmenting):
     ) -> Iterator[Tensor]:
         """(B, 3, H, 3W): images of the training data as they are, their truth, and the answers."""
         batch, segmenter = some(min(count, SHOWN)), players["segmenter"]
-        images = batch["image"].to(segmenter.device)
+        inside = batch.inside("image")
         with segmenter.evaluating() as module:
-            found = to_size(module(images), self.stride, images.shape[2:], images.shape[2:]).argmax(1).cpu()
-        extent = batch.extent("image")[:, :, None, None]
-        down, across = (torch.arange(side) for side in found.shape[1:])
-        found.masked_fill_((down[:, None] >= extent[:, 0]) | (across >= extent[:, 1]), IGNORED)
-        yield beside(batch["image"], batch["mask"], found)
+            for row in range(len(inside)):
+                image = batch["image"][row : row + 1]
+                found = to_size(module(image.to(segmenter.device)), self.stride, image.shape[2:], image.shape[2:])
+                answer = found.argmax(1).cpu().masked_fill_(~inside[row : row + 1], IGNORED)
+                yield beside(image, batch["mask"][row : row + 1], answer)
 
     # ---- how it is played
 
     def phases(self, spec: Spec) -> tuple[Phase, ...]:
         weights = None
         if self.class_weights is not None:
-            weights = CLASS_WEIGHTS[self.class_weights](spec.mask_pixels, spec.mask_present)
+            weights = tuple(CLASS_WEIGHTS[self.class_weights](spec.mask_pixels, spec.mask_present))
         block = self.adversarial.block
         first, second = (always, always) if block is None else (partial(in_block, block, turn) for turn in (0, 1))
         learn = Phase("segmenter", partial(self.segmenter_loss, weights), when=first)
         return (learn,) if self.adversary is None else (learn, Phase("adversary", self.adversary_loss, when=second))
 
     def segmenter_loss(
-        self, weights: list[float] | None, players: Players, batch: Batch, clock: Clock, /
+        self, weights: tuple[float, ...] | None, players: Players, batch: Batch, clock: Clock, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """ℓ_mce(s(x), y) + λ ℓ_bce(a(x, s(x)), 1): section 3.1, with the swap that the paper trains."""
-        segmenter, (image, mask) = players["segmenter"], self._views(batch)
-        logits: Tensor = segmenter(image)
-        batch.made["logits"] = logits.detach()
-        truth = at_grid(mask, *logits.shape[2:])
-        by_class = None if weights is None else logits.new_tensor(weights, dtype=torch.float32)
+        view = self._view(batch)
+        logits: Tensor = players["segmenter"](view.images)
+        truth = at_grid(view.mask, self.stride)
+        by_class = None if weights is None else _on(logits.device, weights)
         terms = {"cross_entropy": cross_entropy(logits, truth, by_class, self.pixels == "mean")}
-        answers = at_least_fp32(logits).softmax(1) if self.dice or self.adversary is not None else logits
         if self.dice is not None:
-            terms["dice"] = self.dice * dice(answers * labelled(truth), one_hot(truth, logits.shape[1]))
-        if self.adversary is not None and clock.images >= self.adversarial.from_images:
-            verdict = self._verdict(players, answers * labelled(truth), image)
-            terms["adversarial"] = self.adversarial.weight * self._fooling(verdict, labelled(truth))
-        if self.unlabelled is not None and self.adversary is not None and clock.images >= self.unlabelled.from_images:
-            terms |= self._unlabelled(players, batch, self.unlabelled)
+            answers = at_least_fp32(logits).softmax(1) * labelled(truth)
+            terms["dice"] = self.dice * dice(answers, one_hot(truth, logits.shape[1]))
+        if self.adversary is not None:
+            batch.made["logits"] = logits.detach()
+            if clock.images >= self.adversarial.from_images:
+                answers = at_least_fp32(logits).softmax(1) * labelled(truth)
+                verdict: Tensor = players["adversary"](*self._inputs(answers, view.images))
+                terms["adversarial"] = self.adversarial.weight * self._fooling(verdict, labelled(truth))
+            if self.unlabelled is not None and clock.images >= self.unlabelled.from_images:
+                terms |= self._unlabelled(players, batch, self.unlabelled)
         values = {f"loss/segmenter/{name}": term.detach() for name, term in terms.items()}
         with torch.no_grad():
             there = truth != IGNORED
@@ -257,15 +284,20 @@ class Segment(Segmenting):
 
     def adversary_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
         """ℓ_bce(a(x, y), 1) + ℓ_bce(a(x, s(x)), 0): section 3.1. It judges the maps that the segmenter has just made, where it has."""
-        image, mask = self._views(batch)
-        made: Tensor | None = batch.made.get("logits")
-        logits = players["segmenter"](image).detach() if made is None else made
-        truth = at_grid(mask, *logits.shape[2:])
+        view = self._view(batch)
+        made: Tensor | None = batch.made.pop("logits", None)
+        logits = players["segmenter"](view.images).detach() if made is None else made
+        truth = at_grid(view.mask, self.stride)
         answers, there = at_least_fp32(logits).softmax(1), labelled(truth)
         right = one_hot(truth, logits.shape[1])
         if self.adversarial.input == "scaling":
             right = scaled(right, answers, self.adversarial.threshold)
-        real, fake = self._both(players, right, answers * there, image)
+        adversary = players["adversary"]
+        pairs = [self._inputs(maps, view.images) for maps in (right, answers * there)]
+        if adversary.sees_batch:  # its statistics would mix them
+            real, fake = (adversary(*inputs) for inputs in pairs)
+        else:
+            real, fake = adversary(*map(torch.cat, zip(*pairs, strict=True))).chunk(2)
         terms = {
             "real": _over_places(F.softplus(-at_least_fp32(real)), there),
             "fake": _over_places(F.softplus(at_least_fp32(fake)), there),
@@ -279,37 +311,23 @@ class Segment(Segmenting):
         }
         return terms["real"] + terms["fake"], values
 
-    def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The images (B, C, H, W) and masks (B, H, W) of a step, as both players see them."""
+    def _view(self, batch: Batch) -> View:
+        """The images and masks of a step, as both players see them."""
         if self.augmentation is None:
-            return batch["image"], batch["mask"]
-        if "views" not in batch.made:
-            batch.made["views"] = views(self.augmentation, batch, "image", "mask")
-        image, mask = batch.made["views"]
-        return image, mask
+            return View(batch["image"], batch.inside("image"), batch["mask"])
+        if "view" not in batch.made:
+            batch.made["view"] = views(self.augmentation, batch, "image", "mask")
+        found: View = batch.made["view"]
+        return found
 
-    def _inputs(self, players: Players, maps: Tensor, image: Tensor) -> tuple[Tensor, ...]:
+    def _inputs(self, maps: Tensor, images: Tensor) -> tuple[Tensor, ...]:
         """What the adversary is called with for label maps (B, K, h, w)."""
         assert self.adversary is not None
         reads = self.adversary.network.reads_image
         if not reads and self.adversarial.input != "product":
             return (maps,)
-        small = (
-            image if image.shape[2:] == maps.shape[2:] else F.adaptive_avg_pool2d(image, (maps.shape[2], maps.shape[3]))
-        )
+        small = over_cells(images, self.stride)
         return product(maps, small) if self.adversarial.input == "product" else maps, *((small,) if reads else ())
-
-    def _verdict(self, players: Players, maps: Tensor, image: Tensor) -> Tensor:
-        verdict: Tensor = players["adversary"](*self._inputs(players, maps, image))
-        return verdict
-
-    def _both(self, players: Players, real: Tensor, fake: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Verdicts on true and on made maps, in one forward, unless its statistics would mix them."""
-        if players["adversary"].sees_batch:
-            return self._verdict(players, real, image), self._verdict(players, fake, image)
-        both = self._verdict(players, torch.cat([real, fake]), torch.cat([image, image]))
-        first, second = both.chunk(2)
-        return first, second
 
     def _fooling(self, verdict: Tensor, there: Tensor) -> Tensor:
         verdict = at_least_fp32(verdict)
@@ -318,20 +336,18 @@ class Segment(Segmenting):
 
     def _unlabelled(self, players: Players, batch: Batch, options: UnlabelledOptions) -> dict[str, Tensor]:
         """Section 3.2 of Hung et al. 2018: answers that the adversary takes for true ones teach the segmenter."""
-        image = batch["unlabelled"]
+        images, inside = batch["unlabelled"], batch.inside("unlabelled")
         if self.augmentation is not None:
-            image, _ = views(self.augmentation, batch, "unlabelled")
-        logits: Tensor = players["segmenter"](image)
-        answers = at_least_fp32(logits).softmax(1)
-        verdict = at_least_fp32(self._verdict(players, answers, image))
-        sure = (
-            F.interpolate(verdict[:, None], logits.shape[2:], mode="bilinear").detach()[:, 0].sigmoid()
-            > options.threshold
-        )
-        guessed = torch.where(sure, logits.detach().argmax(1), IGNORED)
+            images, inside, _ = views(self.augmentation, batch, "unlabelled")
+        logits: Tensor = players["segmenter"](images)
+        there = labelled(at_grid(torch.where(inside, 0, IGNORED), self.stride))
+        answers = at_least_fp32(logits).softmax(1) * there
+        verdict = at_least_fp32(players["adversary"](*self._inputs(answers, images)))
+        sure = stretched(verdict.detach(), *logits.shape[2:]).sigmoid() > options.threshold
+        guessed = torch.where(sure & (there[:, 0] > 0), logits.detach().argmax(1), IGNORED)
         terms = {"unlabelled": options.weight * cross_entropy(logits, guessed, None, self.pixels == "mean")}
         if options.adversarial:
-            terms["unlabelled_adversarial"] = options.adversarial * F.softplus(-verdict).mean()
+            terms["unlabelled_adversarial"] = options.adversarial * self._fooling(verdict, there)
         return terms
 
     def symptoms(self, row: Mapping[str, float]) -> Iterator[Symptom]:
@@ -353,9 +369,11 @@ def _over_places(losses: Tensor, there: Tensor) -> Tensor:
     """The mean over maps (B,), or over places (B, h, w): there ignored ones count 0, and every map divides by all its places."""
     if losses.ndim == 1:
         return losses.mean()
-    places = (
-        there
-        if there.shape[2:] == losses.shape[1:]
-        else F.adaptive_avg_pool2d(there, (losses.shape[1], losses.shape[2]))
-    )
-    return (losses * places[:, 0]).mean()
+    places = there[:, 0] if there.shape[2:] == losses.shape[1:] else stretched(there[:, 0], *losses.shape[1:])
+    return (losses * places).mean()
+
+
+@functools.cache
+def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
+    """Numbers on a device, copied there once."""
+    return torch.tensor(values, device=device)

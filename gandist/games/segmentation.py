@@ -19,11 +19,11 @@ from gandist.games.reading import Stored, WholeSamples, gathered, ranks
 from gandist.metrics import segmentation as metrics
 from gandist.metrics.protocol import Tested, installed
 from gandist.palette import beside
-from gandist.recipe import DataOptions, InputError, Section
+from gandist.recipe import DataOptions, Failure, InputError, Section
 from gandist.windows import Answers, InferenceOptions, answered
 
-ROWS = 8  # images that are answered together where they are of one size, whoever does it
-WORST = 8  # images of the panel
+ROWS = 8  # images of a block, which one process answers
+WORST, SHOWN = 8, 512  # images of the panel, and pixels of a side of each
 
 
 class SegmentationOptions(Section):
@@ -32,7 +32,7 @@ class SegmentationOptions(Section):
     split: Annotated[str, Field(min_length=1)] = "test"
     average: bool = True  # false: the last weights, where the segmenter keeps an average beside them
     train_samples: Annotated[int, Field(ge=0)] = 0  # so many of the run's own split as well: `train/…`
-    boundary_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.0075  # of the diagonal (Csurka et al. 2013)
+    boundary_tolerance: Annotated[float, Field(gt=0, le=0.05)] = 0.0075  # of the diagonal (Csurka et al. 2013)
 
 
 class _Found(NamedTuple):
@@ -75,20 +75,24 @@ class Segmentation(Evaluator):
                 f"`game.scores.split`: {error}; name a split that is there, or pack one with --split"
             ) from None
         self.trained = WholeSamples(data, data.split, device)
-        if options.train_samples > self.trained.samples:
+        if options.train_samples > len(self.trained.numbers):
             raise InputError(
-                f"`game.scores.train_samples`: {options.train_samples}, and the split has {self.trained.samples}; use fewer"
+                f"`game.scores.train_samples`: {options.train_samples}, and the run learns from {len(self.trained.numbers)}; use fewer"
             )
 
     def __call__(self, players: Players) -> Evaluation | None:
         """All ranks call it together; rank 0 gets the scores."""
-        found = self._read(players, self.held_out, self.held_out.samples)
+        found = self._read(players, self.held_out, len(self.held_out.numbers))
         trained = self._read(players, self.trained, self.options.train_samples) if self.options.train_samples else None
         if ranks()[0] != 0:
             return None
         scores = metrics.scores(found.matrix, self.names)
+        if not scores:
+            raise Failure(
+                f"{self.data.path}: no pixel of the split `{self.options.split}` has a class, so that there is nothing to score"
+            )
         boundary = metrics.boundary_f(found.boundaries)
-        scores = {"mean_iou": 0.0, **scores} | ({"boundary_f": boundary} if boundary is not None else {})
+        scores |= {"boundary_f": boundary} if boundary is not None else {}
         scores["samples"] = float(len(found.numbers))
         if trained is not None:
             several = metrics.scores(trained.matrix, self.names)
@@ -109,21 +113,25 @@ class Segmentation(Evaluator):
         matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
         rows = [torch.zeros(0, 7 * classes, dtype=torch.int64, device=self.device)]
         numbers: list[int] = []
-        for block in split.blocks(count, ROWS):
-            for sample, answer in zip(block, self._answers(players, block), strict=True):
-                truth = torch.from_numpy(sample.mask.astype("int64")).to(self.device)
-                matrix += metrics.confusion(truth, answer, classes, ignore)
-                parts = (
-                    metrics.counts(truth, answer, classes, ignore),
-                    metrics.boundary_counts(truth, answer, classes, ignore, self.options.boundary_tolerance),
-                )
-                rows.append(torch.cat([part.flatten() for part in parts])[None])
-                numbers.append(sample.number)
+        try:
+            for block in split.blocks(count, ROWS):
+                for sample, answer in zip(block, self._answers(players, block), strict=True):
+                    truth = torch.from_numpy(sample.mask.astype("int64")).to(self.device)
+                    found = metrics.confusion(truth, answer, classes, ignore)
+                    tolerance = self.options.boundary_tolerance
+                    borders = metrics.boundary_counts(truth, answer, classes, ignore, tolerance)
+                    matrix += found
+                    rows.append(torch.cat([metrics.sizes(found).flatten(), borders.flatten()])[None])
+                    numbers.append(sample.number)
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:  # the others wait where all processes meet
+            split.trouble = (
+                f"{type(error).__name__}: {error}" if not isinstance(error, Failure | InputError) else str(error)
+            )
         split.refuse_trouble()
         if ranks()[1] > 1:
             dist.all_reduce(matrix)
         mine = torch.tensor(numbers, dtype=torch.int64)
-        together, places = gathered(torch.cat(rows), mine), gathered(mine.to(self.device)[:, None], mine)
+        together, places = gathered(torch.cat(rows), mine, False), gathered(mine.to(self.device)[:, None], mine, False)
         counts = rearrange(together[:, : 3 * classes], "n (t k) -> n t k", t=3)
         boundaries = rearrange(together[:, 3 * classes :], "n (k f) -> n k f", f=4)
         return _Found(matrix, counts, boundaries, places[:, 0])
@@ -168,7 +176,8 @@ class Segmentation(Evaluator):
                 sample = self.held_out.sample(reader, number)
                 (answer,) = self._answers(players, [sample])
                 images.append(panel(sample, answer, self.mask.ignore))
-                captions.append(f"{reader.key(number)}\nmean IoU {score:.3f}: image, truth, answer")
+                name = reader.key(number).replace("\n", " ")
+                captions.append(f"{name}\nmean IoU {score:.3f}: image, truth, answer")
         finally:
             reader.close()
         return Panels(images, captions)
@@ -185,7 +194,7 @@ class Segmentation(Evaluator):
             split=self.options.split,
             ema=player.ema is not None and self.options.average,
             precision=str(player.dtype).removeprefix("torch."),
-            samples=self.held_out.samples,
+            samples=len(self.held_out.numbers),
             settings={
                 "inference": json.dumps(self.inference.model_dump(mode="json", exclude_defaults=True)),
                 "boundary_tolerance": self.options.boundary_tolerance,
@@ -196,9 +205,9 @@ class Segmentation(Evaluator):
 
 
 def panel(sample: Stored, answer: Tensor, ignore: int | None) -> Tensor:
-    """(3, H, 3W) in −1 … 1: the image, its truth, and the answer (H, W)."""
-    image = torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
-    truth = torch.from_numpy(sample.mask.astype("int64"))[None]
-    return beside(image, truth if ignore is None else truth.masked_fill(truth == ignore, IGNORED), answer.cpu()[None])[
-        0
-    ]
+    """(3, H, 3W) in −1 … 1: the image, its truth, and the answer (H, W); of a large one every so many pixels."""
+    every = -(-max(answer.shape) // SHOWN)
+    image = torch.from_numpy(sample.pixels[::every, ::every].copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+    truth = torch.from_numpy(sample.mask[::every, ::every].astype("int64"))[None]
+    known = truth if ignore is None else truth.masked_fill(truth == ignore, IGNORED)
+    return beside(image, known, answer.cpu()[None, ::every, ::every])[0]

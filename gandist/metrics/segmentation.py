@@ -45,14 +45,14 @@ def confusion(truth: Tensor, answer: Tensor, classes: int, ignore: int | None) -
     return matrix
 
 
-def _sizes(matrix: Tensor) -> Tensor:
+def sizes(matrix: Tensor) -> Tensor:
     """Pixels per class (3, K) of a confusion matrix: where truth and answer agree, in the truth, in the answer."""
     return torch.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
 
 
 def counts(truth: Tensor, answer: Tensor, classes: int, ignore: int | None) -> Tensor:
     """Pixels per class, (3, K) int64: where truth and answer agree, in the truth, in the answer; of labelled pixels alone."""
-    return _sizes(confusion(truth, answer, classes, ignore))
+    return sizes(confusion(truth, answer, classes, ignore))
 
 
 def _ious(counts: Tensor) -> Tensor:
@@ -74,12 +74,12 @@ def scores(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
     `class_accuracy` is the mean recall over the classes in the truth. A class in neither truth nor answer has no IoU: it is
     not in the mean, and not in the result. {} without a labelled pixel.
     """
-    sizes = _sizes(matrix)
-    found = image_scores(sizes)
+    found_sizes = sizes(matrix)
+    found = image_scores(found_sizes)
     if found:
-        both, truth, _ = sizes.cpu().double()  # (K,) each
+        both, truth, _ = found_sizes.cpu().double()  # (K,) each
         found["class_accuracy"] = float((both / truth).nanmean())  # NaN for a class that is not in the truth
-        ious = zip(names, _ious(sizes).tolist(), strict=True)
+        ious = zip(names, _ious(found_sizes).tolist(), strict=True)
         found |= {f"iou/{name}": iou for name, iou in ious if not math.isnan(iou)}
     return found
 

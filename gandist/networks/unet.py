@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from gandist.networks.resampling import DoubleSmoothly
 from gandist.networks.segmentation import SegmenterOptions
 
 Width = Annotated[int, Field(ge=1, le=1024)]
+_doubled = DoubleSmoothly()
 
 
 class _Block(nn.Module):
@@ -38,8 +40,25 @@ class _Block(nn.Module):
         return F.relu(self.skip(features) + branch)
 
 
+def _parts(side: int, parts: int, like: Tensor) -> Tensor:
+    """(parts, side): the means over so many parts of a side, which overlap where it cannot be divided."""
+    places = torch.arange(side, device=like.device)
+    part = torch.arange(parts, device=like.device)[:, None]
+    within = (places >= part * side // parts) & (places < -((part + 1) * -side // parts))
+    return within.to(like.dtype) / within.sum(1, keepdim=True).to(like.dtype)
+
+
+def _spread(parts: int, side: int, like: Tensor) -> Tensor:
+    """(side, parts): bilinear interpolation from the middles of the parts."""
+    eye = torch.eye(parts, dtype=torch.float32, device=like.device)[None]
+    return F.interpolate(eye, side, mode="linear")[0].T.to(like.dtype)
+
+
 class _Context(nn.Module):
-    """Adds what the whole map holds on average, and what lies at 2, 3 and 6 parts a side of it (Zhao et al. 2017)."""
+    """Adds what the whole map holds on average, and what lies at 2, 3 and 6 parts a side of it (Zhao et al. 2017).
+
+    As products of matrices: the backward of torch's own pooling and interpolation adds up in no fixed order on CUDA.
+    """
 
     def __init__(self, channels: int, parts: tuple[int, ...] = (1, 2, 3, 6)) -> None:
         super().__init__()
@@ -51,11 +70,12 @@ class _Context(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        size = features.shape[2], features.shape[3]
-        seen = [
-            F.interpolate(F.relu(view(F.adaptive_avg_pool2d(features, parts))), size, mode="bilinear")
-            for view, parts in zip(self.views, self.parts, strict=True)
-        ]
+        height, width = features.shape[2:]
+        seen = []
+        for view, parts in zip(self.views, self.parts, strict=True):
+            pooled = _parts(height, parts, features) @ features @ _parts(width, parts, features).T
+            found = F.relu(view(pooled))
+            seen.append(_spread(parts, height, found) @ found @ _spread(parts, width, found).T)
         mixed: Tensor = self.mix(torch.cat([features, *seen], 1))
         return mixed
 
@@ -93,7 +113,7 @@ class _Unet(nn.Module):
         levels[-1] = self.context(levels[-1])
         *sides, made = (lateral(level) for lateral, level in zip(self.laterals, levels, strict=True))
         for side, merge in zip(reversed(sides), self.merges, strict=True):
-            made = merge(side + F.interpolate(made, (side.shape[2], side.shape[3]), mode="bilinear"))
+            made = merge(side + _doubled(made))
         logits: Tensor = self.last(self.dropout(made))
         return logits
 
