@@ -53,7 +53,7 @@ def scaled(truth: Tensor, answers: Tensor, threshold: float) -> Tensor:
     Above τ it is the answer itself, so that no share is ever divided by less than 1 − τ. Pixels without a class stay 0.
     """
     right = (truth * answers).sum(1, keepdim=True)  # (B, 1, h, w)
-    share = torch.where(right >= threshold, 1.0, (1 - threshold) / (1 - right.clamp_max(threshold)))
+    share = torch.where(right >= threshold, 1.0, (1 - threshold) / (1 - right))
     there = truth.sum(1, keepdim=True)
     return there * torch.where(truth > 0, right.clamp_min(threshold), answers * share)
 
@@ -81,7 +81,7 @@ def dice(probabilities: Tensor, truth: Tensor) -> Tensor:
     sums = torch.stack([(probabilities * truth).sum((0, 2, 3)), probabilities.sum((0, 2, 3)), truth.sum((0, 2, 3))])
     both, answered, there = mean_over_ranks(sums)
     present = (there > 0).float()
-    overlap: Tensor = present * 2 * both / (answered + there).clamp_min(1e-6)
+    overlap: Tensor = 2 * both / (answered + there).clamp_min(1e-6)
     mean: Tensor = overlap.sum() / present.sum().clamp_min(1)
     return 1 - mean
 

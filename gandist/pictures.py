@@ -23,6 +23,7 @@ VIEW = 512  # pixels of a grid's side that small images are magnified to, by who
 SHOWN, PLOTTED = 64, 4096  # samples of a sheet, and of one that plots them: 64 points tell nothing of a distribution
 GAP = 2  # empty pixels around a curve, so that neighbours do not run into each other
 SHEET = 800  # pixels of the width of a sheet with captions
+GROUND = ("background", "void")  # names of classes that an overlay leaves as they are
 LEGEND = 16  # pixels of a line of it
 CAPTION, LETTER = 28, 6  # pixels of two lines of text, and of a letter's width
 MARGIN = 40  # pixels around a plot, for its numbers
@@ -102,7 +103,8 @@ def overlay(pixels: Picture, mask: Picture, names: Sequence[str]) -> Picture:
     shown = pixels if pixels.shape[2] in (1, 3) else pixels[:, :, :1]
     image = np.broadcast_to(shown, (*mask.shape, 3)).astype(np.float32)
     colours = palette().numpy() * 255
-    mixed = 0.55 * image + 0.45 * colours[mask]
+    ground = np.isin(mask, [number for number, name in enumerate(names) if name in GROUND])[:, :, None]
+    mixed = np.where(ground, image, 0.55 * image + 0.45 * colours[mask])
     edge = np.zeros(mask.shape, bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edge[1:] |= mask[1:] != mask[:-1]

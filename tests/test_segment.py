@@ -42,7 +42,7 @@ from gandist.data.opening import data_spec, open_reader
 from gandist.data.sources.scenes import scene
 from gandist.data.stream import EXTENT, IGNORED, Batch
 from gandist.game import Clock
-from gandist.games.segment import Segment, in_block
+from gandist.games.segment import Segment, in_block, over_places
 from gandist.launcher import World
 from gandist.log import Meter
 from gandist.maps import (
@@ -222,6 +222,14 @@ def test_classes_weigh_by_the_logarithm_of_their_share_and_a_pixel_weighs_one_on
     assert np.dot(found, pixels) == pytest.approx(100)
     for one, n in zip(found, pixels, strict=True):
         assert one / found[0] == pytest.approx(math.log(1.02 + 0.1) / math.log(1.02 + n / 100))
+
+
+def test_places_without_a_class_count_nothing_and_every_map_divides_by_all_its_places() -> None:
+    losses, there = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]), torch.ones(2, 1, 2, 2)
+    there[0, 0, 1] = 0
+    assert float(over_places(losses, there)) == pytest.approx((1 + 2 + 5 + 6 + 7 + 8) / 8)
+    assert float(over_places(torch.tensor([1.0, 2.0]), there)) == pytest.approx(1.5)
+    assert float(over_places(torch.ones(2, 4, 4), there)) == pytest.approx(0.75)  # on another grid, by interpolation
 
 
 # ---- who learns what

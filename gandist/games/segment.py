@@ -299,8 +299,8 @@ class Segment(Segmenting):
         else:
             real, fake = adversary(*map(torch.cat, zip(*pairs, strict=True))).chunk(2)
         terms = {
-            "real": _over_places(F.softplus(-at_least_fp32(real)), there),
-            "fake": _over_places(F.softplus(at_least_fp32(fake)), there),
+            "real": over_places(F.softplus(-at_least_fp32(real)), there),
+            "fake": over_places(F.softplus(at_least_fp32(fake)), there),
         }
         values = {f"loss/adversary/{name}": term.detach() for name, term in terms.items()}
         values |= {
@@ -332,7 +332,7 @@ class Segment(Segmenting):
     def _fooling(self, verdict: Tensor, there: Tensor) -> Tensor:
         verdict = at_least_fp32(verdict)
         loss = F.softplus(-verdict) if self.adversarial.kind == "non_saturating" else -F.softplus(verdict)
-        return _over_places(loss, there)
+        return over_places(loss, there)
 
     def _unlabelled(self, players: Players, batch: Batch, options: UnlabelledOptions) -> dict[str, Tensor]:
         """Section 3.2 of Hung et al. 2018: answers that the adversary takes for true ones teach the segmenter."""
@@ -365,7 +365,7 @@ def in_block(length: int, turn: int, clock: Clock) -> bool:
     return clock.step // length % 2 == turn
 
 
-def _over_places(losses: Tensor, there: Tensor) -> Tensor:
+def over_places(losses: Tensor, there: Tensor) -> Tensor:
     """The mean over maps (B,), or over places (B, h, w): there ignored ones count 0, and every map divides by all its places."""
     if losses.ndim == 1:
         return losses.mean()
