@@ -1,20 +1,26 @@
-"""What a trained run is asked about: images of folders, archives, arrays, shards, packed datasets and single files."""
+"""What a trained run is asked: images of folders, archives, arrays, shards, packed datasets and single files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from gandist.data.dataset import NAME, Dataset
-from gandist.data.decode import ENCODED, label_number
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from gandist import checkpoint
+from gandist.data.dataset import NAME, Dataset, Spec
+from gandist.data.decode import ENCODED, Pixels, decoded, label_number
 from gandist.data.opening import open_reader
 from gandist.data.read import BadSample
 from gandist.data.sources import Split
 from gandist.data.sources.open import open_source
 from gandist.data.storage import is_remote
 from gandist.data.tar import MAX_MEMBER
-from gandist.recipe import DataOptions, InputError
+from gandist.recipe import DataOptions, Failure, InputError, TransformOptions
 
 Kind = TypeVar("Kind")
 
@@ -29,6 +35,63 @@ class Found(NamedTuple):
     label: int | None = None  # among the classes of the input
     names: tuple[str, ...] = ()  # of these classes
     damage: str = ""
+
+
+@dataclass
+class Asked:
+    """What a trained run is asked: which images, what becomes of damaged ones, and how those of training looked."""
+
+    found: checkpoint.Checkpoint
+    device: torch.device
+    skip: bool = False  # damaged images, which are counted then
+    split: str | None = None  # of packed datasets and of sources that have some; all unless given
+    passed_over: list[str] = field(default_factory=list)
+
+    @property
+    def spec(self) -> Spec:
+        """The data that the run was trained with."""
+        return self.found.state.spec
+
+    def trained_transform(self) -> TransformOptions:
+        """What was done to images of training; raises Failure."""
+        try:
+            section = self.found.state.recipe.get("data", {})
+            return TransformOptions.model_validate(section.get("transform", {}))
+        except (ValidationError, AttributeError) as error:
+            raise Failure(
+                f"{self.found.folder}: its recipe is not one of this version: `data.transform`: {error}"
+            ) from None
+
+    def decoded(self, image: Found) -> Pixels:
+        """(H, W, C) in its own size, with the channels of training; raises ValueError."""
+        if image.damage:
+            raise ValueError(image.damage)
+        wanted = self.spec.image
+        assert wanted is not None
+        pixels = decoded(image.data, image.suffix, wanted.channels)
+        if pixels.shape[2] != wanted.channels:
+            if pixels.shape[2] != 1:
+                raise ValueError(f"has {pixels.shape[2]} channels, and the run was trained on {wanted.channels}")
+            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], wanted.channels))
+        return pixels
+
+    def pass_over(self, image: Found, error: ValueError) -> None:
+        """Notes a damaged image; raises Failure for one that is not to be passed over."""
+        message = f"{image.input}: {image.name!r} {error}"
+        if not self.skip:
+            raise Failure(f"{message}; mend it, or pass over what is damaged with `--bad skip`") from None
+        self.passed_over.append(message)
+
+    def refuse_none(self, inputs: list[str]) -> InputError:
+        """The error where no image could be read."""
+        first = f": {self.passed_over[0]}" if self.passed_over else ""
+        return InputError(f"{', '.join(inputs)}: no image of it can be read{first}")
+
+    def told(self) -> Iterator[str]:
+        """What was passed over, for the user."""
+        if self.passed_over:
+            count = len(self.passed_over)
+            yield f"{count} damaged image{'s' * (count > 1)} passed over, the first: {self.passed_over[0]}"
 
 
 def images_of(inputs: list[str], scratch: Path, split: str | None = None) -> Iterator[Found]:

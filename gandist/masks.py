@@ -17,16 +17,15 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from gandist import checkpoint
 from gandist.check import MAX_BATCH
-from gandist.data.dataset import Spec, write_atomically
-from gandist.data.decode import ENCODED, Pixels, decoded
+from gandist.data.dataset import write_atomically
+from gandist.data.decode import ENCODED, Pixels
 from gandist.game import Segmenting
-from gandist.inputs import Found, images_of, plain
+from gandist.inputs import Asked, Found, images_of, plain
 from gandist.palette import bytes_of_palette
 from gandist.pictures import overlay, save_png
 from gandist.player import Player
-from gandist.recipe import Failure, InputError, Source, TransformOptions, parse, wording
+from gandist.recipe import InputError, Source, parse, wording
 from gandist.restored import restored
 from gandist.windows import Answers, InferenceOptions, answered
 
@@ -44,15 +43,10 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class MaskPredictor:
+class MaskPredictor(Asked):
     """The segmenter of a run; raises InputError where its game has none."""
 
-    found: checkpoint.Checkpoint
-    device: torch.device
-    skip: bool = False  # damaged images, which are counted then
-    split: str | None = None  # of packed datasets and of sources that have some; all unless given
     inference: InferenceOptions | None = None  # that of the run unless given
-    passed_over: list[str] = field(default_factory=list)
     player: Player = field(init=False)
     options: InferenceOptions = field(init=False)
 
@@ -61,18 +55,7 @@ class MaskPredictor:
         if not isinstance(game, Segmenting):
             raise InputError(f"{self.found.folder}: its game, {game.kind}, has no segmenter to predict with")
         self.player, self.options, self.stride = players["segmenter"], self.inference or game.inference, game.stride
-        try:
-            section = self.found.state.recipe.get("data", {})
-            self.transform = TransformOptions.model_validate(section.get("transform", {}))
-        except (ValidationError, AttributeError) as error:
-            raise Failure(
-                f"{self.found.folder}: its recipe is not one of this version: `data.transform`: {error}"
-            ) from None
-
-    @property
-    def spec(self) -> Spec:
-        """The data that the run was trained with."""
-        return self.found.state.spec
+        self.transform = self.trained_transform()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,15 +66,7 @@ class MaskPredictor:
 
     def pixels(self, image: Found) -> Pixels:
         """(H, W, C) of an image in its own size; raises ValueError."""
-        if image.damage:
-            raise ValueError(image.damage)
-        wanted = self.spec.image
-        assert wanted is not None
-        pixels = decoded(image.data, image.suffix, wanted.channels)
-        if pixels.shape[2] != wanted.channels:
-            if pixels.shape[2] != 1:
-                raise ValueError(f"has {pixels.shape[2]} channels, and the run was trained on {wanted.channels}")
-            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], wanted.channels))
+        pixels = self.decoded(image)
         needed = 2 * 4 * len(self.names) * pixels.shape[0] * pixels.shape[1]
         if needed > MAX_BATCH:
             raise ValueError(
@@ -109,10 +84,7 @@ class MaskPredictor:
                         Answers(module, self.stride), [pixels], self.transform, self.options, self.device
                     )
                 except ValueError as error:
-                    message = f"{image.input}: {image.name!r} {error}"
-                    if not self.skip:
-                        raise Failure(f"{message}; mend it, or pass over what is damaged with `--bad skip`") from None
-                    self.passed_over.append(message)
+                    self.pass_over(image, error)
                     continue
                 sure, mask = found.max(0)
                 yield Answer(image._replace(data=b""), pixels, mask.cpu(), float(sure.mean()))
@@ -171,14 +143,9 @@ def write_masks(
             done += 1
             progress(done, 0)
     if not done:
-        raise InputError(
-            f"{', '.join(inputs)}: no image of it can be read"
-            + (f": {predictor.passed_over[0]}" if predictor.passed_over else "")
-        )
+        raise predictor.refuse_none(inputs)
     write_atomically(out / "predictions.csv", text.getvalue().encode(errors="backslashreplace"))
-    if predictor.passed_over:
-        count = len(predictor.passed_over)
-        yield f"{count} damaged image{'s' * (count > 1)} passed over, the first: {predictor.passed_over[0]}"
+    yield from predictor.told()
     shares_ = pixels / max(1, pixels.sum())
     yield "pixels by class: " + ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares_, strict=True))
     yield f"{done:,} image{'s' * (done > 1)}: {out / 'masks'}, {out / 'overlays'}, {out / 'predictions.csv'}"

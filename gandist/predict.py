@@ -16,16 +16,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
-from pydantic import ValidationError
 from torch import Tensor
 
-from gandist import checkpoint
 from gandist.check import MAX_BATCH
-from gandist.data.dataset import Spec, write_atomically
-from gandist.data.decode import Pixels, decoded
+from gandist.data.dataset import write_atomically
+from gandist.data.decode import Pixels
 from gandist.data.transform import Moves, moves, values
 from gandist.game import Classifying
-from gandist.inputs import Found, images_of, plain
+from gandist.inputs import Asked, Found, images_of, plain
 from gandist.networks import amount, classes_of
 from gandist.networks.noise import BLOCK
 from gandist.pictures import captioned, save_png
@@ -58,14 +56,9 @@ class Prediction(NamedTuple):
 
 
 @dataclass
-class Predictor:
+class Predictor(Asked):
     """The classifier of a run; raises InputError where its game has none."""
 
-    found: checkpoint.Checkpoint
-    device: torch.device
-    skip: bool = False  # damaged images, which are counted then
-    split: str | None = None  # of packed datasets and of sources that have some; all unless given
-    passed_over: list[str] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)  # classes of the inputs that the run does not have
     fitted: int = 0  # images that were cut and resized to the size of training
     player: Player = field(init=False)
@@ -75,24 +68,12 @@ class Predictor:
         if not isinstance(game, Classifying):
             raise InputError(f"{self.found.folder}: its game, {game.kind}, has no classifier to predict with")
         self.player, self.tells_fakes = players["discriminator"], game.tells_fakes
-        try:
-            section = self.found.state.recipe.get("data", {})
-            self.transform = TransformOptions.model_validate(section.get("transform", {})).still()
-        except (ValidationError, AttributeError) as error:
-            raise Failure(
-                f"{self.found.folder}: its recipe is not one of this version: `data.transform`: {error}"
-            ) from None
-
+        self.transform = self.trained_transform().still()
         needed = BLOCK * prod(self.spec.shape) * 4
         if needed > MAX_BATCH:
             raise Failure(
                 f"{self.found.folder}: {BLOCK} images of its size, {amount(self.spec.shape)}, are {needed / 2**30:.0f} GiB"
             )
-
-    @property
-    def spec(self) -> Spec:
-        """The data that the run was trained with."""
-        return self.found.state.spec
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,11 +88,7 @@ class Predictor:
         assert wanted is not None
         assert wanted.height is not None
         assert wanted.width is not None
-        pixels = decoded(image.data, image.suffix, wanted.channels)
-        if pixels.shape[2] != wanted.channels:
-            if pixels.shape[2] != 1:
-                raise ValueError(f"has {pixels.shape[2]} channels, and the run was trained on {wanted.channels}")
-            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], wanted.channels))
+        pixels = self.decoded(image)
         if moves(self.transform):
             with suppress(ValueError):  # smaller than the crop of training: it is resized below
                 still = Moves.draw(self.transform, np.zeros(1, np.uint64), 0, "predict")
@@ -133,14 +110,9 @@ class Predictor:
         rows: list[Pixels] = []
         for image in images:
             try:
-                if image.damage:
-                    raise ValueError(image.damage)
                 rows.append(self.pixels(image))
             except ValueError as error:
-                message = f"{image.input}: {image.name!r} {error}"
-                if not self.skip:
-                    raise Failure(f"{message}; mend it, or pass over what is damaged with `--bad skip`") from None
-                self.passed_over.append(message)
+                self.pass_over(image, error)
                 continue
             kept.append(image._replace(data=b""))
             if len(kept) == BLOCK:
@@ -210,10 +182,7 @@ def write_predictions(
                     del kept[SHOWN:]
             progress(done, 0)
     if not done:
-        raise InputError(
-            f"{', '.join(inputs)}: no image of it can be read"
-            + (f": {predictor.passed_over[0]}" if predictor.passed_over else "")
-        )
+        raise predictor.refuse_none(inputs)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "predictions.csv", text.getvalue().encode(errors="backslashreplace"))
     sheets = {"least_certain": unsure} | ({"likeliest_fakes": unlike} if predictor.tells_fakes else {})
@@ -224,9 +193,7 @@ def write_predictions(
         if predictor.tells_fakes:
             captions = [f"{text}\nfake {one.fake:.2f}" for text, (_, one, _) in zip(captions, shown, strict=True)]
         save_png(captioned(torch.stack([sample for *_, sample in shown]), captions), out / f"{name}.png")
-    if predictor.passed_over:
-        count = len(predictor.passed_over)
-        yield f"{count} damaged image{'s' * (count > 1)} passed over, the first: {predictor.passed_over[0]}"
+    yield from predictor.told()
     if predictor.fitted:
         image = predictor.spec.image
         assert image is not None
