@@ -172,6 +172,10 @@ class Game(Section):
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> Evaluator:
         """Makes ready to score players on the data; raises InputError where something that it needs is not there."""
 
+    def seen(self, batch: Batch) -> Mapping[str, Tensor]:
+        """The parts of a batch as its players see them, where it does something to them first."""
+        return batch.parts
+
     def refuse_unready(self) -> None:
         """Raises InputError or Failure where a file that a new run starts from is not there."""
 

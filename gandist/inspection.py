@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
                         keys = " ".join(reader.key(number) for number in numbers)
                         yield f"draw {draw} rank {rank}{view}: {keys}"
                     if sum(map(len, seen)) < wanted:
-                        seen.append(looked_at(batch))
+                        seen.append(looked_at(recipe.game.seen(batch)))
         save_png(sheet(torch.cat(seen)[:wanted]), out)
         yield f"contact sheet: {out}"
     finally:
@@ -77,9 +77,8 @@ def _views(batch: Batch) -> dict[str, list[int]]:
     return found
 
 
-def looked_at(batch: Batch) -> Tensor:
+def looked_at(parts: Mapping[str, Tensor]) -> Tensor:
     """Samples as a sheet shows them: images in −1 … 1, beside their masks in colours where they have any, or signals."""
-    parts = batch.parts
     if "signal" in parts:
         return parts["signal"]
     images = unit_range(parts["image"] if "image" in parts else parts["unlabelled"])

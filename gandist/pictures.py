@@ -83,7 +83,7 @@ def captioned(
     factor = max(1, -(-side // max(image.shape[1] for image in images)))
     tiles = [grid(image[None], 1, magnify=False) for image in images]
     height, width = (factor * max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
-    columns = min(columns or max(1, SHEET // (width + GAP)), len(tiles))
+    columns = min(columns or max(2, SHEET // (width + GAP)), len(tiles))
     cell = width + GAP, height + CAPTION
     whole = Image.new("RGB", (columns * cell[0], -(-len(tiles) // columns) * cell[1]), (24, 24, 24))
     draw = ImageDraw.Draw(whole)

@@ -876,6 +876,23 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_inspect_shows_the_crops_that_the_players_see(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    sizes = []
+    for crop in ("[32, 32]", "[16, 48]"):
+        out = tmp_path / "sheet.png"
+        assert (
+            gandist(
+                "inspect", recipe_of(tmp_path, scenes), f"game.augmentation.crop={crop}", "--draws", "0:1", "--out", out
+            ).code
+            == 0
+        )
+        sizes.append(Image.open(out).size)
+    assert sizes[0][0] / sizes[0][1] == pytest.approx(2)
+    assert sizes[1][0] / sizes[1][1] == pytest.approx(6)
+
+
 def test_a_subset_without_labels_is_so_many_samples_chosen_by_its_seed(
     scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
 ) -> None:

@@ -229,6 +229,10 @@ class Segment(Segmenting):
     def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
         self.segmenter.network.start(players["segmenter"].module)
 
+    def seen(self, batch: Batch) -> Mapping[str, Tensor]:
+        view = self._view(batch)
+        return {**batch.parts, "image": view.images, "mask": view.mask}
+
     def evaluator(self, data: DataOptions, spec: Spec, device: torch.device) -> Segmentation:
         return Segmentation(self.scores, self.inference, self.stride, data, spec, device)
 
