@@ -102,6 +102,8 @@ def table(found: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for name, entry in found["scores"].items():
+        if name == "samples":
+            continue
         difference = entry["difference"]
         half = difference["half_width"]
         interval = "" if half is None else f"{difference['mean'] - half:+.4f} … {difference['mean'] + half:+.4f}"
