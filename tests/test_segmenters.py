@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, Result, scenes_on_disk
+from conftest import packed as packed_dataset
 from einops import rearrange
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -644,3 +646,30 @@ def test_a_dropped_path_is_left_out_of_whole_rows_in_training_alone() -> None:
     assert 0.4 < left_out.float().mean() < 0.6
     block.eval()
     assert not (block(features) == block.skip(features).relu()).flatten(1).all(1).any()
+
+
+def test_a_model_of_another_package_is_trained_scored_and_used_like_ours(
+    zoo: Any, gandist: Callable[..., Result], tmp_path: Path
+) -> None:
+    scenes_on_disk(tmp_path / "source", 20)
+    packed_dataset(tmp_path / "source", tmp_path / "scenes", splits=(("train", 0.8), ("test", 0.2)), shuffle=0)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""\
+data: {{path: {tmp_path / "scenes"}, transform: {{canvas: [64, 64]}}}}
+game:
+  kind: segment
+  segmenter: {{network: {{kind: smp, model: Unet, encoder: resnet18, depth: 3}}}}
+  adversary: {{network: {{kind: small_fov, light: true}}}}
+  augmentation: {{crop: [32, 32]}}
+run: {{folder: {tmp_path / "run"}, images: 16, batch: 8, evaluate_images: 16}}
+"""
+    )
+    done = gandist("train", path)
+    assert done.code == 0, done.err
+    scored = gandist("evaluate", tmp_path / "run", "--json")
+    assert scored.code == 0, scored.err
+    assert json.loads(scored.out)["samples"] == 4
+    used = gandist("predict", tmp_path / "run", tmp_path / "source" / "images", "--out", tmp_path / "out")
+    assert used.code == 0, used.err
+    assert len([*(tmp_path / "out" / "masks").rglob("*.png")]) == 20
