@@ -470,7 +470,9 @@ class Run:
             found = self.evaluator(self.players)
             if found is not None and self._log:
                 write_evaluation(self.folder, self.clock.images, found, channels(self.spec))
-                for name, panels in found.panels.items():
+                for name, panels in (
+                    found.panels.items() if self.recipe.run.trackers else ()
+                ):  # a sheet costs its drawing
                     self._log.mirror_picture(f"evaluation/{name}", captioned(*panels), self.clock.images)
                 for name, table in found.tables.items():
                     self._log.mirror_table(f"evaluation/{name}", table, self.clock.images)

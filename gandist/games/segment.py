@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Literal
 
 import torch
@@ -377,7 +376,7 @@ def over_places(losses: Tensor, there: Tensor) -> Tensor:
     return (losses * places).mean()
 
 
-@functools.cache
+@cache
 def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
     """Numbers on a device, copied there once."""
     return torch.tensor(values, device=device)

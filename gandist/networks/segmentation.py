@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from pydantic import SerializeAsAny, WrapValidator
 from torch import Tensor, nn
 
 from gandist.recipe import Choice, Section, installed
-from gandist.tensors import fill, unpacked
+from gandist.tensors import unpacked
 from gandist.weights import Digest, File, verified
 
 
@@ -45,12 +45,6 @@ class PretrainedOptions(Section):
     def read(self) -> dict[str, Tensor]:
         """Its tensors; raises InputError for another file than the digest names, Failure for one that is damaged."""
         return unpacked(verified(Path(self.path), self.sha256), Path(self.path))
-
-    def fill(self, into: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> None:
-        """Copies its tensors into those of a network, exactly these; `names` are the file's names for the network's. Raises Failure."""
-        called = {names[name] if names is not None else name: tensor for name, tensor in into.items()}
-        found = self.read()
-        fill(called, {name: found[name] for name in found if name in called}, Path(self.path))
 
 
 class SegmenterOptions(Section):
