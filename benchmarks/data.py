@@ -45,7 +45,7 @@ from gandist.data.tar import mapped
 from gandist.launcher import Stop, World
 from gandist.recipe import DataOptions
 from gandist.run import running, versions
-from gandist.train import step
+from gandist.steps import plain_step
 
 BATCH = 64
 FORMATS = {"raw 64": (64, "npy"), "JPEG 64": (64, "jpg"), "JPEG 256": (256, "jpg")}
@@ -359,7 +359,7 @@ def waiting(folder: Path, steps: int) -> dict[str, Any]:
                 if number == 2:
                     began, waited = time.perf_counter(), run.stream.waited
                 stop.agreed(bool(run.data_faults()))
-                step(run, run.phases)
+                plain_step(run)
                 run.clock.advance()
             found[name] = (run.stream.waited - waited) / (time.perf_counter() - began)
         stop.close()

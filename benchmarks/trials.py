@@ -85,7 +85,8 @@ def refuse_few(arguments: argparse.Namespace, *names: str) -> None:
 
 def machine() -> dict[str, Any]:
     """What the runs were trained on."""
-    return {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
+    found: dict[str, Any] = {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
+    return found | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -69,15 +69,25 @@ def always(_: Clock) -> bool:
     return True
 
 
+def unchanging(_: Clock) -> Hashable:
+    """A loss that does not read the clock."""
+    return None
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One player's move: which player, which loss, how often, when; `hold` leaves its weights as they are until the step ends."""
+    """One player's move: which player, which loss, how often, when; `hold` leaves its weights as they are until the step ends.
+
+    `regime` is what of the clock the loss depends on: while it is the same, a GPU may repeat the move as a graph. A loss that reads
+    the clock says what for, and is never repeated otherwise.
+    """
 
     player: str
     loss: Loss
     repeat: int = 1
     when: Callable[[Clock], bool] = always
     hold: bool = False
+    regime: Callable[[Clock], Hashable] = unchanging
 
     def __post_init__(self) -> None:
         assert not (self.hold and self.repeat > 1), "held gradients would be lost to the next repeat"

@@ -32,6 +32,7 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._vectors: dict[tuple[str, ...], tuple[Tensor, int]] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Adds detached scalars."""
@@ -40,8 +41,20 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def add_vector(self, names: tuple[str, ...], sums: Tensor, count: int) -> None:
+        """Adds sums (names,) of `count` values each, in one operation."""
+        if (kept := self._vectors.get(names)) is None:
+            self._vectors[names] = sums.clone(), count
+        else:
+            self._vectors[names] = kept[0].add_(sums), kept[1] + count
+
     def read(self) -> dict[str, float]:
         """The means over steps and ranks, which every rank must ask for; starts anew."""
+        for names, (sums, count) in self._vectors.items():
+            for name, value in zip(names, sums.unbind(), strict=True):
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+                self._counts[name] = self._counts.get(name, 0) + count
+        self._vectors = {}
         if not self._sums:
             return {}
         means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])

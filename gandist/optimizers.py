@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,11 +28,15 @@ class OptimizerOptions(Section):
         """The optimizer with the whole of its state, which a checkpoint can then fill."""
 
     def adjust(
-        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, images: int
+        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float | Tensor, images: int
     ) -> None:
-        """Sets what changes with time, before the step that follows `images` images."""
+        """Sets what changes with time, before the step that follows `images` images; a rate on the device is read there."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+
+    def regime(self, images: int) -> Hashable:
+        """What beside the rate changes with time."""
+        return None
 
 
 class _DampedAdam(torch.optim.Adam):
@@ -84,6 +88,7 @@ class AdamOptions(OptimizerOptions):
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         shared: dict[str, Any] = {"lr": self.learning_rate, "betas": (self.beta1, self.beta2), "fused": True}
+        shared["capturable"] = parameters[0].device.type == "cuda"
         optimizer: torch.optim.Optimizer
         if self.eps_inside_root:
             optimizer = _DampedAdam(parameters, damping=self.eps, **shared)
@@ -135,18 +140,24 @@ class SgdOptions(OptimizerOptions):
         return optimizer
 
     def adjust(
-        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, images: int
+        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float | Tensor, images: int
     ) -> None:
         if self.weight_decay:
             moved = [p for group in optimizer.param_groups for p in decaying(group["params"])[0] if p.grad is not None]
             pulled = [p.grad for p in moved if p.grad is not None]
             torch._foreach_add_(pulled, [p.detach() for p in moved], alpha=self.weight_decay)
         torch._foreach_mul_(gradients, learning_rate)
-        if self.final_momentum is not None and self.momentum_images is not None:
-            passed = min(1.0, images / self.momentum_images)
-            ramped = self.momentum + (self.final_momentum - self.momentum) * passed
+        if self.final_momentum is not None:
             for group in optimizer.param_groups:
-                group["momentum"] = max(ramped, 1e-30)  # at 0 torch would not note the velocity for the steps to come
+                group["momentum"] = max(
+                    self.regime(images), 1e-30
+                )  # at 0 torch would not note the velocity for the steps to come
+
+    def regime(self, images: int) -> float:
+        """The momentum."""
+        if self.final_momentum is None or self.momentum_images is None:
+            return self.momentum
+        return self.momentum + (self.final_momentum - self.momentum) * min(1.0, images / self.momentum_images)
 
 
 OPTIMIZERS: dict[str, Callable[[], type[Section]]] = {"adam": lambda: AdamOptions, "sgd": lambda: SgdOptions}

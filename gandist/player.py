@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
@@ -85,6 +85,11 @@ class Remembered(NamedTuple):
     update: Callable[[Memory, Memory, float], Memory] = lambda memory, observed, images: memory
 
 
+def in_capture(device: torch.device) -> bool:
+    """Whether what is called now is recorded for a CUDA graph, and not computed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _spectral_norms(module: nn.Module) -> list[tuple[Tensor, nn.Module]]:
     """The spectral norms of a module, each with the weight that it divides."""
     return [
@@ -148,6 +153,11 @@ class Player:
         self.skipped = torch.zeros((), device=device)  # turns without a step, for gradients that were not finite
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.learning_rate = 0.0  # of the last turn
+        # What changes with the clock. A GPU has it in its own memory, where a graph that is replayed finds it.
+        self._pace: dict[str, float | Tensor] = {"rate": 0.0, "weight": 0.0}
+        self._set: dict[str, float] = {}
+        if device.type == "cuda":
+            self._pace = {name: torch.zeros((), device=device) for name in self._pace}
         self.moving = False
         self._freeze()
 
@@ -211,12 +221,29 @@ class Player:
 
     def finish(self, images: int, batch: float) -> Tensor:
         """The second half of a turn, from gradients to weights; the norm of the gradients."""
-        self.learning_rate = self.options.optimizer.learning_rate * self.options.schedule.factor(images)
+        if not in_capture(self.device):
+            self.schedule(images, batch)
         norm, bad = self._step(images)
         self._agree_on_statistics(bad)
         self._remember(bad, batch)
-        self._average(images + batch, batch)
+        self._average()
         return norm
+
+    def schedule(self, images: int, batch: float) -> None:
+        """Sets what changes with the clock, for the next `finish`: the learning rate, and how much the average takes of the weights."""
+        self.learning_rate = self.options.optimizer.learning_rate * self.options.schedule.factor(images)
+        weight = 0.0 if self.options.ema is None else 1 - self.options.ema.decay(images + batch, batch)
+        for name, value in (("rate", self.learning_rate), ("weight", weight)):
+            kept = self._pace[name]
+            if not isinstance(kept, Tensor):
+                self._pace[name] = value
+            elif self._set.get(name) != value:  # a constant is not written again
+                self._set[name] = value
+                kept.fill_(value)
+
+    def regime(self, images: int) -> Hashable:
+        """What of the clock its step depends on beside that: while it is the same, so is the step."""
+        return self.options.optimizer.regime(images)
 
     @torch.no_grad()
     def _step(self, images: int) -> tuple[Tensor, Tensor]:
@@ -232,7 +259,7 @@ class Player:
         self._note_history(bad)
         if self.options.clip_norm is not None:
             torch._foreach_mul_(gradients, (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        self.options.optimizer.adjust(self.optimizer, gradients, self.learning_rate, images)
+        self.options.optimizer.adjust(self.optimizer, gradients, self._pace["rate"], images)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -243,7 +270,7 @@ class Player:
         if self.options.clip_weights is not None:
             penalties.clip_weights_(self.parameters, self.options.clip_weights)
         self.skipped += bad
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
+        self.skipped_in_a_row.add_(1).mul_(bad)
         return norm, bad
 
     @torch.no_grad()
@@ -296,10 +323,9 @@ class Player:
             buffer.copy_(torch.where(bad.bool(), kept, buffer))
 
     @torch.no_grad()
-    def _average(self, images: float, batch: float) -> None:
-        if self.ema is None or self.options.ema is None:
+    def _average(self) -> None:
+        if self.ema is None:
             return
-        weight = 1 - self.options.ema.decay(images, batch)
         averages, values = list(self.ema.parameters()), list(self.module.parameters())
         for average, value in zip(self.ema.buffers(), self.module.buffers(), strict=True):
             if value.is_floating_point():
@@ -307,7 +333,13 @@ class Player:
                 values.append(value)
             else:
                 average.copy_(value)
-        torch._foreach_lerp_(averages, values, weight)
+        weight = self._pace["weight"]
+        if isinstance(weight, Tensor):  # a lerp of many takes no weight from the device
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, weight)
+            torch._foreach_add_(averages, steps)
+        else:
+            torch._foreach_lerp_(averages, values, weight)
         for original, norm in self._averaged_norms:
             norm.train()(original)  # a power iteration, which makes the mean of unit vectors one again
             norm.eval()

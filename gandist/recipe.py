@@ -164,6 +164,7 @@ class DataOptions(Section):
     classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None  # of the labels, where no index counted them
     buffer: Annotated[int, Field(ge=1, le=1_000_000)] = 1000  # samples that the webdataset reader shuffles among
     workers: Annotated[int, Field(ge=0, le=64, **harmless)] = 2  # threads of each process; 0 reads when it is asked
+    memory_gib: Annotated[float, Field(ge=0, strict=False, **harmless)] = 1.0  # of each process, for samples once read
     quarantine: Annotated[int, Field(ge=0, le=100_000, **harmless)] = 0  # damaged samples that a run may go on past
     cache: Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)] | None = None  # folder for remote files
     cache_gib: Annotated[float, Field(gt=0, strict=False, **harmless)] = 64.0
@@ -174,7 +175,10 @@ class DataOptions(Section):
         given = {name for name, info in type(self).model_fields.items() if getattr(self, name) != info.default}
         if "window_shards" in given and self.shuffle != "window":
             raise ValueError("`window_shards` has no effect without `shuffle: window`")
-        indexed, streamed = {"split", "shuffle", "subset", "quarantine", "cache", "cache_gib"}, {"classes", "buffer"}
+        indexed, streamed = (
+            {"split", "shuffle", "subset", "quarantine", "cache", "cache_gib", "memory_gib"},
+            {"classes", "buffer"},
+        )
         if self.reader == "webdataset" and self.transform.canvas is not None:
             raise ValueError("`transform.canvas` needs `reader: index`; set `transform.crop` instead")
         if self.reader == "webdataset" and self.workers == 0:
@@ -195,6 +199,7 @@ class RunOptions(Section):
     batch: Annotated[int, Field(ge=1, lt=2**31)]  # global: all processes and micro-batches together
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches of each process
+    graphs: Annotated[bool, Field(**harmless)] = True  # a GPU replays steps that it has recorded
     log_every: Annotated[int, Field(ge=1, **harmless)] = 50  # steps
     sample_images: Annotated[int | None, Field(ge=1, **harmless)] = None
     evaluate_images: Annotated[int | None, Field(ge=1, **harmless)] = None

@@ -346,6 +346,16 @@ class Run:
 
     # ---- while it runs
 
+    def note_graphs(self, graphs: int | None, reason: str = "") -> None:
+        """Says and notes that steps are replayed from so many graphs, or that they are not, and why."""
+        if self._log:
+            self._log.event("graphs", images=self.clock.images, graphs=graphs, reason=reason)
+        self.bar.say(
+            f"{self.clock.images:,} images: steps of this kind are {graphs} CUDA graphs from here on"
+            if graphs is not None
+            else f"{self.clock.images:,} images: no CUDA graphs: {reason}"
+        )
+
     def data_faults(self) -> list[Fault]:
         """Waits for the data of the next step, and returns what is wrong with it on this rank."""
         if self.clock.done:

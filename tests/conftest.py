@@ -35,7 +35,7 @@ from gandist.launcher import World
 from gandist.log import Meter
 from gandist.player import Player
 from gandist.recipe import DataOptions, Recipe
-from gandist.train import step
+from gandist.steps import moves, step
 
 ROOT = Path(__file__).parent.parent
 SIZES = [(37, 50), (48, 40), (64, 64), (33, 41), (40, 57), (52, 36), (45, 45)]  # (height, width)
@@ -93,7 +93,7 @@ def open_stream(
 
 @dataclass
 class Table:
-    """What `train.step` needs of a run, and nothing that is written."""
+    """What `steps.step` needs of a run, and nothing that is written."""
 
     recipe: Recipe
     world: World
@@ -112,7 +112,7 @@ class Table:
 
     def play(self, steps: int, phases: tuple[Phase, ...] | None = None) -> None:
         for _ in range(steps):
-            step(self, phases or self.phases)  # type: ignore[arg-type]
+            step(self, moves(self, phases or self.phases), lambda move: self.stream.read(move.draw))  # type: ignore[arg-type]
             self.clock.advance()
 
     def draw(self, number: int) -> Batch:

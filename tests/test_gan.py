@@ -29,7 +29,7 @@ from gandist.losses import ADVERSARIAL
 from gandist.networks.noise import BLOCK, SPREAD
 from gandist.recipe import DataOptions, Recipe, RunOptions
 from gandist.run import make_players, running
-from gandist.train import reseed
+from gandist.steps import reseed
 
 CPU = torch.device("cpu")
 NOISE, BATCH = 8, 16

@@ -26,6 +26,7 @@ LAYERS = [
     {"checkpoint", "log", "launcher"},
     {"inputs"},
     {"check", "run", "restored", "sample", "neighbours", "predict", "masks", "describe", "inspection", "export"},
+    {"steps"},
     {"train", "evaluate"},
     {"cli"},
     {"__main__", "__init__"},

@@ -341,7 +341,8 @@ def test_an_average_from_zero_is_the_released_codes() -> None:
     assert player.ema is not None
     assert all(not p.any() for p in player.ema.parameters())
     for number in range(1, 21):
-        player._average(number * batch, batch)
+        player.schedule((number - 1) * batch, batch)
+        player._average()
     for average, weight in zip(player.ema.parameters(), player.module.parameters(), strict=True):
         torch.testing.assert_close(
             average.double(), (1 - (1 - rate) ** 20) * weight.detach().double(), rtol=1e-4, atol=0

@@ -28,7 +28,7 @@ from gandist.data.decode import (
 )
 from gandist.data.order import Full, Order, Permutation, Windowed, places_of
 from gandist.data.read import BadSample, Member, Reader
-from gandist.data.transform import GREY, Moves, laid, moves, result, values
+from gandist.data.transform import GREY, Moves, laid, moves, moves_at_random, result, values
 from gandist.recipe import DataOptions, Failure, InputError, TransformOptions
 from gandist.seeding import derive
 
@@ -269,6 +269,7 @@ class View:
     image: ImageSpec | None
     reader: Reader
     header: bytes = b""  # of .npy images that can be read straight into a batch
+    kept: Kept | None = None  # where all of it fits into memory, and a sample is the same whenever it is met
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -278,6 +279,30 @@ class View:
     def numbers(self, picks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """Sample numbers of places in the order."""
         return picks if self.items is None else self.items[picks]
+
+
+class Kept:
+    """Rows of samples that were read before, in memory; one that was bad is not among them."""
+
+    def __init__(self, samples: int) -> None:
+        self._has = np.zeros(samples, bool)
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+
+    def take(self, numbers: npt.NDArray[np.int64], into: Mapping[str, npt.NDArray[Any]]) -> bool:
+        """Copies the rows of these samples, if all are there."""
+        if not self._has[numbers].all():
+            return False
+        for name, array in into.items():
+            np.take(self._arrays[name], numbers, 0, array, "clip")  # which needs no buffer, and clips nothing here
+        return True
+
+    def put(self, numbers: npt.NDArray[np.int64], rows: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Keeps rows. Several threads may: what they write for a sample is the same."""
+        for name, array in rows.items():
+            if name not in self._arrays:
+                self._arrays.setdefault(name, np.empty((len(self._has), *array.shape[1:]), array.dtype))
+            self._arrays[name][numbers] = array
+        self._has[numbers] = True
 
 
 @dataclass
@@ -329,7 +354,24 @@ class Stream:
         for view in found.values():
             if "image" in view.parts and not moves(view.transform) and view.image is not None and view.image.height:
                 view.header = self._header(view)
+        kept: dict[str, Kept] = {}  # two orders of the same samples keep them once
+        for view in found.values():
+            if self._fits(view):
+                same = repr((view.transform, sorted(view.parts)))
+                view.kept = kept.setdefault(same, Kept(len(self.reader)))
         return list(found.values())
+
+    def _fits(self, view: View) -> bool:
+        if moves_at_random(view.transform):
+            return False
+        bytes_of = 8 * ("label" in view.parts)
+        if view.image is not None and ("image" in view.parts or "mask" in view.parts):
+            if view.image.height is None or view.image.width is None:
+                return False
+            bytes_of += view.image.height * view.image.width * (view.image.channels + ("mask" in view.parts))
+        if self.spec.signal is not None and "signal" in view.parts:
+            bytes_of += 4 * self.spec.signal.channels * self.spec.signal.length
+        return bytes_of * view.order.length <= self.options.memory_gib * 2**30
 
     def _order(self, purpose: str, items: npt.NDArray[np.uint64] | None) -> Order:
         if items is not None:
@@ -411,6 +453,10 @@ class Stream:
         if "signal" in view.parts:
             assert self.spec.signal is not None
             arrays["signal"] = np.empty((count, self.spec.signal.channels, self.spec.signal.length), np.float32)
+        original = numbers.astype(np.int64)
+        if view.kept is not None and view.kept.take(original, arrays):
+            self._hand_over(view, arrays, original, loaded)
+            return
         drawn = None
         if moves(view.transform):
             drawn = Moves.draw(view.transform, places, self.seed, f"transform/{view.name}")
@@ -423,6 +469,14 @@ class Stream:
             except (BadSample, ValueError) as error:
                 loaded.faults.append(self._fault(int(numbers[row]), error))
                 numbers[row] = self._substitute(view, row, int(picks[row]), arrays, drawn, loaded)
+        if view.kept is not None:
+            sound = numbers.astype(np.int64) == original
+            view.kept.put(original[sound], {name: array[sound] for name, array in arrays.items()})
+        self._hand_over(view, arrays, numbers, loaded)
+
+    def _hand_over(
+        self, view: View, arrays: dict[str, npt.NDArray[Any]], numbers: npt.NDArray[Any], loaded: Loaded
+    ) -> None:
         for role, part in view.parts.items():
             loaded.parts[part] = torch.from_numpy(arrays[role])
             if role == "image" and "extent" in arrays:

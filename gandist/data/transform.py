@@ -35,6 +35,11 @@ def moves(options: TransformOptions) -> bool:
     return bool(options.size or options.pad or options.crop or options.flip or options.canvas)
 
 
+def moves_at_random(options: TransformOptions) -> bool:
+    """Whether an image may come out otherwise when it is met again."""
+    return options.flip or (options.crop is not None and options.crop_at == "random")
+
+
 def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
     """The images that come out; raises ValueError where they cannot."""
     if options.mean is not None and len(options.mean) != image.channels:

@@ -196,8 +196,14 @@ class Gan(Generative):
     def phases(self, spec: Spec) -> tuple[Phase, ...]:
         hold = self.order == "simultaneous"
         return (
-            Phase("discriminator", self.discriminator_loss, repeat=self.discriminator_steps, hold=hold),
-            Phase("generator", self.generator_loss, repeat=self.generator_steps, hold=hold),
+            Phase(
+                "discriminator",
+                self.discriminator_loss,
+                self.discriminator_steps,
+                hold=hold,
+                regime=self.regularisers.regime,
+            ),
+            Phase("generator", self.generator_loss, self.generator_steps, hold=hold, regime=self.regularisers.regime),
         )
 
     def discriminator_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:

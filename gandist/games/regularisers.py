@@ -98,6 +98,11 @@ class Regularisers(Section):
         names = ("r1", "r2", "gradient_penalty", "zero_centred", "dragan")
         return tuple(name for name in names if getattr(self, name) is not None)
 
+    def regime(self, clock: Clock) -> tuple[bool, ...]:
+        """Which penalties that rest now and then are due."""
+        lazy = (self.r1, self.r2, self.gradient_penalty, self.dragan, self.zero_centred, self.path_length)
+        return tuple(option is not None and option.due(clock) > 0 for option in lazy)
+
     def of_discriminator(self, player: Player, shown: Shown, clock: Clock) -> Iterator[tuple[str, Tensor, float]]:
         """Name, value and weight of each penalty that is due.
 

@@ -256,8 +256,13 @@ class Segment(Segmenting):
             weights = tuple(CLASS_WEIGHTS[self.class_weights](spec.mask_pixels, spec.mask_present))
         block = self.adversarial.block
         first, second = (always, always) if block is None else (partial(in_block, block, turn) for turn in (0, 1))
-        learn = Phase("segmenter", partial(self.segmenter_loss, weights), when=first)
+        learn = Phase("segmenter", partial(self.segmenter_loss, weights), when=first, regime=self._regime)
         return (learn,) if self.adversary is None else (learn, Phase("adversary", self.adversary_loss, when=second))
+
+    def _regime(self, clock: Clock) -> tuple[bool, bool]:
+        """Whether the adversary is to be fooled, and whether unlabelled images are read."""
+        unlabelled = self.unlabelled is not None and clock.images >= self.unlabelled.from_images
+        return clock.images >= self.adversarial.from_images, unlabelled
 
     def segmenter_loss(
         self, weights: tuple[float, ...] | None, players: Players, batch: Batch, clock: Clock, /
@@ -273,11 +278,12 @@ class Segment(Segmenting):
             terms["dice"] = self.dice * dice(answers, one_hot(truth, logits.shape[1]))
         if self.adversary is not None:
             batch.made["logits"] = logits.detach()
-            if clock.images >= self.adversarial.from_images:
+            fools, reads_unlabelled = self._regime(clock)
+            if fools:
                 answers = at_least_fp32(logits).softmax(1) * labelled(truth)
                 verdict: Tensor = players["adversary"](*self._inputs(answers, view.images))
                 terms["adversarial"] = self.adversarial.weight * self._fooling(verdict, labelled(truth))
-            if self.unlabelled is not None and clock.images >= self.unlabelled.from_images:
+            if self.unlabelled is not None and reads_unlabelled:
                 terms |= self._unlabelled(players, batch, self.unlabelled)
         values = {f"loss/segmenter/{name}": term.detach() for name, term in terms.items()}
         with torch.no_grad():

@@ -180,9 +180,13 @@ class Semi(Generative, Classifying):
         if self.supervised_only:
             return (Phase("discriminator", self.supervised_loss),)
         return (
-            Phase("discriminator", self.discriminator_loss),
+            Phase("discriminator", self.discriminator_loss, regime=self._regime),
             Phase("generator", self.generator_loss, repeat=self.generator_steps),
         )
+
+    def _regime(self, clock: Clock) -> bool:
+        """Whether pseudo-labels count."""
+        return self.pseudo_labels is not None and clock.images >= self.pseudo_labels.from_images
 
     def supervised_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
         """−E log p(y | x) of the labelled rows alone."""
@@ -207,7 +211,7 @@ class Semi(Generative, Classifying):
         }
         if self.conditional_entropy is not None:
             terms["conditional_entropy"] = self.conditional_entropy * conditional_entropy(classes_of(real))
-        if self.pseudo_labels is not None and clock.images >= self.pseudo_labels.from_images:
+        if self.pseudo_labels is not None and self._regime(clock):
             option = self.pseudo_labels
             terms["pseudo_labels"] = option.weight * pseudo_labels(classes_of(real), option.threshold)
         if self.virtual_adversarial is not None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations, parametrize
 
 from gandist.losses import evidence
 from gandist.networks.starting import Measuring
@@ -212,8 +212,17 @@ class Conditioned(nn.Module):
         return made
 
 
+class SpectralNorm(parametrizations._SpectralNorm):
+    """Computed in fp32 whatever the precision: CUDA's autocast rounds the iteration to bf16 otherwise, and a CPU's does not."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return super().forward(weight)
+
+
 def normalise_spectra(module: nn.Module) -> None:
     """Divides each weight by its largest singular value (Miyato et al. 2018), by one power iteration a forward."""
     for part in [*module.modules()]:
         if isinstance(part, nn.Linear | nn.modules.conv._ConvNd | nn.Embedding):
-            spectral_norm(part, dim=1 if isinstance(part, nn.modules.conv._ConvTransposeNd) else 0)
+            axis = 1 if isinstance(part, nn.modules.conv._ConvTransposeNd) else 0
+            parametrize.register_parametrization(part, "weight", SpectralNorm(part.weight, 1, axis, 1e-12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,8 +32,9 @@ class Halve(nn.Module):
 
 
 def double(image: Tensor) -> Tensor:
-    """Each pixel as 2×2."""
-    return F.interpolate(image, scale_factor=2, mode="nearest")
+    """Each pixel as 2×2, in the precision that it has: CUDA's autocast would go on in fp32."""
+    with torch.autocast(image.device.type, enabled=False):
+        return F.interpolate(image, scale_factor=2, mode="nearest")
 
 
 class DoubleSmoothly(nn.Module):

@@ -1,0 +1,260 @@
+"""Steps: what a GPU replays from a recording is what the step computes as it is written, and samples are read once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import open_stream, packed, scenes_on_disk, tensor_files
+
+from gandist.check import read_recipe
+from gandist.data.opening import data_spec
+from gandist.game import Clock, Game, unchanging
+from gandist.launcher import World
+from gandist.log import Meter
+from gandist.run import make_players
+from gandist.steps import Fixed, Sources, Unknown, Unread
+from gandist.train import train
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CPU = torch.device("cpu")
+
+GAN = """\
+data: {{path: {fashion}}}
+game:
+  kind: gan
+  noise: 16
+  generator: {{network: {{kind: dcgan, width: 16}}, ema: {{half_life_images: 500}}}}
+  discriminator: {{network: {{kind: dcgan, width: 16, norm: none}}}}
+  augment: {{kind: ada, start: 0.3, every: 2}}
+  regularisers: {{r1: {{weight: 1.0, every: 3}}}}
+run: {{folder: {folder}, images: 640, batch: 32, precision: {precision}, log_every: 5, save_images: 100_000}}
+"""
+HELD = """\
+data: {{path: {fashion}}}
+game:
+  kind: gan
+  noise: 16
+  order: simultaneous
+  generator: {{network: {{kind: mlp, width: 32}}, clip_norm: 1.0}}
+  discriminator:
+    network: {{kind: mlp, width: 32, hidden_dropout: 0.3, spectral_norm: true}}
+    optimizer: {{kind: sgd, learning_rate: 0.05, momentum: 0.5, final_momentum: 0.7, momentum_images: 320}}
+run: {{folder: {folder}, images: 640, batch: 32, accumulate: 2, precision: {precision}, log_every: 5, save_images: 100_000}}
+"""
+REPEATED = """\
+data: {{path: {fashion}}}
+game:
+  kind: gan
+  noise: 16
+  loss: wasserstein
+  conditional: projection
+  discriminator_steps: 3
+  generator: {{network: {{kind: resnet, width: 8}}, schedule: {{kind: linear, until_images: 640}}}}
+  discriminator: {{network: {{kind: resnet, width: 8}}}}
+  regularisers: {{gradient_penalty: {{weight: 10.0}}}}
+run: {{folder: {folder}, images: 640, batch: 32, precision: {precision}, log_every: 5, save_images: 100_000}}
+"""
+SEMI = """\
+data: {{path: {fashion}, subset: {{per_class: 5, seed: 0}}}}
+game:
+  kind: semi
+  generator: {{network: {{kind: salimans_mlp}}, optimizer: {{learning_rate: 3e-3, eps_inside_root: true}}}}
+  discriminator:
+    network: {{kind: salimans_mlp}}
+    optimizer: {{learning_rate: 3e-3, eps_inside_root: true}}
+    ema: {{half_life_images: 1000, ramp_up: null, from_zero: true}}
+  pseudo_labels: {{weight: 0.1, from_images: 320}}
+run: {{folder: {folder}, images: 640, batch: 32, precision: {precision}, log_every: 5, save_images: 100_000}}
+"""
+SEGMENT = """\
+data: {{path: {scenes}}}
+game:
+  kind: segment
+  segmenter:
+    network: {{kind: unet, width: 8, blocks: [1, 1], decoder: 16, drop_path: 0.1}}
+    optimizer: {{kind: adam, learning_rate: 2e-3, weight_decay: 0.05}}
+    ema: {{half_life_images: 400}}
+  adversary: {{network: {{kind: patch, width: 8, layers: 2}}}}
+  adversarial: {{weight: 0.1, input: scaling, from_images: 160}}
+  dice: 0.5
+  augmentation: {{crop: [48, 48], scale: [0.8, 1.2], flip: true, hue: 0.1}}
+run: {{folder: {folder}, images: 320, batch: 16, precision: {precision}, log_every: 5, save_images: 100_000}}
+"""
+RECIPES = {"gan": GAN, "held": HELD, "repeated": REPEATED, "semi": SEMI, "segment": SEGMENT}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "packed"
+    packed(scenes_on_disk(tmp_path_factory.mktemp("scenes") / "raw", 32, [(64, 64)]), folder)
+    return folder
+
+
+@pytest.fixture
+def written(fashion: Path, scenes: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recipe of RECIPES and returns its path."""
+
+    def write(text: str, name: str = "run", precision: str = "fp32") -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.format(fashion=fashion, scenes=scenes, folder=tmp_path / name, precision=precision))
+        return path
+
+    return write
+
+
+def trained(path: Path, *changes: str) -> tuple[dict[str, bytes], list[dict[str, object]]]:
+    """The tensors of the last checkpoint, and the record."""
+    recipe = read_recipe(path, list(changes))
+    assert train(recipe, World.join(recipe.run.precision)) == 0
+    folder = Path(recipe.run.folder)
+    newest = max((folder / "checkpoints").iterdir())
+    return tensor_files(newest), [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def said(record: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [row for row in record if row.get("event") == "graphs"]
+
+
+# ---- on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_replayed_step_is_the_step_bit_by_bit(written: Callable, name: str, precision: str) -> None:
+    plain, no_graphs = trained(written(RECIPES[name], "plain", precision), "run.graphs=false")
+    replayed, graphs = trained(written(RECIPES[name], "replayed", precision))
+    assert [row["graphs"] for row in said(no_graphs)] == [None]
+    assert said(graphs)
+    assert all(row["graphs"] for row in said(graphs)), said(graphs)
+    assert plain.keys() == replayed.keys()
+    assert [name for name in plain if plain[name] != replayed[name]] == []
+    measured = [[row for row in record if "event" not in row] for record in (no_graphs, graphs)]
+    for one, other in zip(*measured, strict=True):
+        same = one.keys() - {"seconds", "images_per_second", "data_wait_fraction", "memory_bytes"}
+        assert {key: one[key] for key in same} == pytest.approx({key: other[key] for key in same}, rel=1e-5, abs=1e-6)
+
+
+@needs_gpu
+def test_a_run_that_was_stopped_between_two_replays_goes_on_bit_by_bit(written: Callable) -> None:
+    whole, _ = trained(written(SEMI, "whole"))
+    path = written(SEMI, "halves")
+    trained(path, "run.images=320")
+    halves, _ = trained(path)
+    assert [name for name in whole if whole[name] != halves[name]] == []
+
+
+@needs_gpu
+def test_what_cannot_be_recorded_runs_as_it_is_written_and_the_record_says_why(written: Callable) -> None:
+    text = SEMI.replace("  pseudo_labels: {{weight: 0.1, from_images: 320}}\n", "  virtual_adversarial: {{}}\n")
+    plain, _ = trained(written(text, "plain"), "run.graphs=false")
+    tried, record = trained(written(text, "tried"))
+    assert [(row["graphs"], bool(row["reason"])) for row in said(record)] == [(None, True)]
+    assert [name for name in plain if plain[name] != tried[name]] == []
+
+
+# ---- anywhere
+
+
+def test_a_loss_reads_of_the_clock_what_its_phase_says(written: Callable) -> None:
+    read = 0
+    for text in RECIPES.values():
+        recipe = read_recipe(written(text), [])
+        assert isinstance(recipe.game, Game)
+        spec = data_spec(recipe.data)
+        players = make_players(recipe, spec, CPU, "fp32")
+        subset = recipe.data.subset
+        parts, path = recipe.game.parts(spec), recipe.data.path
+        (batch,) = open_stream(path, parts=parts, batch=4, workers=0, subset=subset).read(0)
+        for phase in recipe.game.phases(spec):
+            with players[phase.player].turn(0, 4) as turn:
+                try:
+                    loss, _ = phase.loss(players, batch, Unread())  # type: ignore[arg-type]
+                except Unknown:
+                    read += 1
+                    assert phase.regime is not unchanging, phase
+                    loss, _ = phase.loss(players, batch, Clock(32, 640))
+                turn.backward(loss)
+    assert read >= 3
+
+
+def test_fixed_rows_draw_what_fresh_ones_do_whenever_they_are_asked(fashion: Path) -> None:
+    stream = open_stream(fashion, batch=8, seed=3, workers=0)
+    sources = Sources(3, CPU)
+    for draw in (0, 5, 9):
+        (fresh,) = stream.read(draw)
+        fixed = Fixed(fresh.parts, draw, fresh.rows, 8, 3, CPU, sources=sources, place=0)
+        sources.begin(draw)
+        for purpose in ("one", "two", "one"):
+            assert torch.equal(fixed.normal(purpose, 4), fresh.normal(purpose, 4))
+        sources.reseed(draw + 1)
+        (following,) = stream.read(draw + 1)
+        expected = [following.source(purpose) for purpose in ("one", "two", "one")]
+        found = [torch.rand(4, generator=generator) for generator in sources.of(0)]
+        assert all(torch.equal(torch.rand(4, generator=e), f) for e, f in zip(expected, found, strict=True))
+
+
+def test_a_meter_means_vectors_and_values_of_one_name_together() -> None:
+    meter = Meter()
+    meter.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    for sums in ([4.0, 2.0], [1.0, 2.0]):
+        meter.add_vector(("a", "c"), torch.tensor(sums), 2)
+    assert meter.read() == {"a": pytest.approx(6 / 5), "b": 5.0, "c": 1.0}
+    assert meter.read() == {}
+
+
+# ---- samples that are read once
+
+
+@pytest.fixture
+def lost(tmp_path: Path, fashion: Path) -> Callable[[], None]:
+    """Empties the shards of a copy of the garments."""
+    shutil.copytree(fashion, tmp_path / "copy")
+    return lambda: [shard.write_bytes(b"") for shard in (tmp_path / "copy").glob("*.tar")] and None
+
+
+@pytest.mark.parametrize("transform", [{}, {"size": 20}, {"canvas": [32, 40]}])
+def test_a_sample_is_read_once_where_all_of_them_fit_into_memory(
+    lost: Callable[[], None], tmp_path: Path, transform: dict[str, object]
+) -> None:
+    streams = [
+        open_stream(tmp_path / "copy", parts=("image", "label", "unlabelled", "unlabelled_again"), batch=500, workers=2, transform=transform,
+                    memory_gib=gib, subset={"per_class": 100, "seed": 0})
+        for gib in (1.0, 0.0)
+    ]  # fmt: skip
+    kept, read = streams
+    epoch = -(-len(kept.reader) // 500)
+    expected = [read.read(draw)[0].parts for draw in range(2 * epoch)]
+    for draw in range(epoch):
+        kept.read(draw)
+    views = {view.name: view.kept for view in kept.views}
+    assert views["unlabelled"] is views["unlabelled_again"]
+    assert views["unlabelled"] is not views["labelled"]
+    assert all(view.kept is None for view in read.views)
+    lost()
+    for draw in range(epoch, 2 * epoch):
+        parts = kept.read(draw)[0].parts
+        assert all(torch.equal(parts[name], tensor) for name, tensor in expected[draw].items())
+    for stream in streams:
+        stream.close()
+
+
+def test_what_changes_when_it_is_met_again_or_is_too_much_is_not_kept(fashion: Path) -> None:
+    for options in (
+        {"transform": {"flip": True}},
+        {"transform": {"crop": 20}},
+        {"memory_gib": 1e-3},
+    ):
+        stream = open_stream(fashion, batch=16, workers=0, **options)
+        assert [view.kept for view in stream.views] == [None]
+        stream.close()
+    stream = open_stream(fashion, batch=16, workers=0, transform={"crop": 20, "crop_at": "centre"})
+    assert stream.views[0].kept is not None
+    assert not np.any(stream.views[0].kept._has)
+    stream.close()
