@@ -54,19 +54,19 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"values": values, "mean": mean(values), "standard_deviation": deviation, "half_width": half}
 
 
-def scores(folder: Path) -> dict[str, float]:
-    """The evaluation of a run at its end; raises Failure where there is none."""
+def scores(folder: Path, at: int | None) -> dict[str, float]:
+    """The evaluation of a run at its end, or at so many images; raises Failure where there is none."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    images = max(row["images"] for row in found if "images" in row)
+    images = max(row["images"] for row in found if "images" in row) if at is None else at
     last = [row for row in found if row.get("images") == images and any(name.startswith("score/") for name in row)]
     if not last:
-        raise Failure(f"{folder}: has no scores at its end; log.jsonl says why")
+        raise Failure(f"{folder}: has no scores at {images:,} images; log.jsonl says why")
     return {name.removeprefix("score/"): value for name, value in last[-1].items() if name.startswith("score/")}
 
 
 def report(arguments: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
     """Everything, as the JSON that is written."""
-    found = {arm: [scores(trial(arm, seed, arguments).folder) for seed in seeds] for arm in ARMS}
+    found = {arm: [scores(trial(arm, seed, arguments).folder, arguments.at) for seed in seeds] for arm in ARMS}
     names = [name for name in found["with"][0] if all(name in one for several in found.values() for one in several)]
     table = {}
     for name in names:
@@ -79,6 +79,7 @@ def report(arguments: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
         "overrides": arguments.overrides,
         "without": arguments.without,
         "seeds": seeds,
+        "at_images": arguments.at,
         "scores": table,
         "machine": machine(),
         "versions": versions(),
@@ -94,9 +95,10 @@ def in_words(found: dict[str, Any], signed: bool = False) -> str:
 def table(found: dict[str, Any]) -> str:
     """The report for a reader, as Markdown."""
     count = len(found["seeds"])
+    point = "" if found["at_images"] is None else f", after {found['at_images']:,} images"
     lines = [
         f"{found['recipe']}{' with ' + ' '.join(found['overrides']) if found['overrides'] else ''}, and the same with "
-        f"{' '.join(found['without'])}: {count} seed{'s' * (count > 1)}, mean ± standard deviation; the interval is the 95 % one of the mean difference.",
+        f"{' '.join(found['without'])}{point}: {count} seed{'s' * (count > 1)}, mean ± standard deviation; the interval is the 95 % one of the mean difference.",
         "",
         "| score | without | with | difference | interval |",
         "|---|---:|---:|---:|---:|",
@@ -116,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> int:
     """Trains what is not trained yet, and reports; the exit code."""
     arguments.without = arguments.without or ["game.adversary=null"]
     refuse_ours([*arguments.overrides, *arguments.without], OURS)
-    refuse_few(arguments, "seeds", "jobs")
+    refuse_few(arguments, "seeds", "jobs", "at")
     if arguments.first_seed < 0:
         raise InputError(f"--first-seed {arguments.first_seed}: must be 0 or more")
     seeds = [*range(arguments.first_seed, arguments.first_seed + arguments.seeds)]
@@ -128,7 +130,8 @@ def measure(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"{arguments.recipe}: `run.evaluate_images` is not set, so that there is nothing to compare"
             )
-    train_all(arguments.recipe, trials, arguments.jobs, arguments.out)
+    if arguments.at is None:
+        train_all(arguments.recipe, trials, arguments.jobs, arguments.out)
     found = report(arguments, seeds)
     score = next(iter(found["scores"])) if arguments.score is None else arguments.score
     if score not in found["scores"]:
@@ -159,6 +162,9 @@ def main() -> None:
         help="what the other run of a pair has; game.adversary=null unless given",
     )
     parser.add_argument("--score", help="whose curves are drawn; the first unless given")
+    parser.add_argument(
+        "--at", type=int, metavar="IMAGES", help="train nothing, and compare what the runs had after so many images"
+    )
     options(parser, 5, "runs/paired")
     arguments = parser.parse_intermixed_args()
     finish("paired", lambda: measure(arguments))

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -243,33 +244,28 @@ class _Adjoint(torch.autograd.Function):
 
 def brightness(amount: Tensor, channels: int) -> Tensor:
     """All channels higher by `amount`."""
-    last = torch.zeros(channels + 1, channels + 1, device=amount.device)
-    last[:channels, channels] = 1
-    return _about_identity((amount, last))
+    return _about_identity((amount, _raise(channels, amount.device)))
 
 
 def contrast(factor: Tensor, channels: int) -> Tensor:
     """All channels times `factor`."""
-    return _about_identity((factor - 1, _colours(channels, factor)))
+    return _about_identity((factor - 1, _colours(channels, factor.device)))
 
 
 def luma_flip(flip: Tensor, channels: int) -> Tensor:
     """Mirrors luma where `flip` is 1, so that white becomes black and hues stay."""
-    return _about_identity((-2 * flip, _luma(channels, flip)))
+    return _about_identity((-2 * flip, _luma(channels, flip.device)))
 
 
 def hue(angle: Tensor) -> Tensor:
     """Turns three channels about luma: by 2π/3 red becomes green, green blue, and blue red."""
-    turn = torch.zeros(4, 4, device=angle.device)
-    for channel in range(3):
-        turn[(channel + 1) % 3, channel] = 3**-0.5
-        turn[channel, (channel + 1) % 3] = -(3**-0.5)
-    return _about_identity((angle.cos() - 1, _colours(3, angle) - _luma(3, angle)), (angle.sin(), turn))
+    across = _colours(3, angle.device) - _luma(3, angle.device)
+    return _about_identity((angle.cos() - 1, across), (angle.sin(), _turn(angle.device)))
 
 
 def saturation(factor: Tensor, channels: int) -> Tensor:
     """What is not luma, times `factor`."""
-    return _about_identity((factor - 1, _colours(channels, factor) - _luma(channels, factor)))
+    return _about_identity((factor - 1, _colours(channels, factor.device) - _luma(channels, factor.device)))
 
 
 def _about_identity(*terms: tuple[Tensor, Tensor]) -> Tensor:
@@ -277,16 +273,37 @@ def _about_identity(*terms: tuple[Tensor, Tensor]) -> Tensor:
     return _sum(identity, *(amount[:, None, None] * matrix for amount, matrix in terms))
 
 
-def _colours(channels: int, like: Tensor) -> Tensor:
-    matrix = torch.eye(channels + 1, device=like.device)
+# Constants are written once and copied to a device once: while a graph is recorded, nothing can be.
+
+
+@cache
+def _raise(channels: int, device: torch.device) -> Tensor:
+    matrix = torch.zeros(channels + 1, channels + 1)
+    matrix[:channels, channels] = 1
+    return matrix.to(device)
+
+
+@cache
+def _turn(device: torch.device) -> Tensor:
+    matrix = torch.zeros(4, 4)
+    for channel in range(3):
+        matrix[(channel + 1) % 3, channel] = 3**-0.5
+        matrix[channel, (channel + 1) % 3] = -(3**-0.5)
+    return matrix.to(device)
+
+
+@cache
+def _colours(channels: int, device: torch.device) -> Tensor:
+    matrix = torch.eye(channels + 1)
     matrix[channels, channels] = 0
-    return matrix
+    return matrix.to(device)
 
 
-def _luma(channels: int, like: Tensor) -> Tensor:
-    matrix = torch.zeros(channels + 1, channels + 1, device=like.device)
+@cache
+def _luma(channels: int, device: torch.device) -> Tensor:
+    matrix = torch.zeros(channels + 1, channels + 1)
     matrix[:channels, :channels] = 1 / channels
-    return matrix
+    return matrix.to(device)
 
 
 @dataclass(frozen=True)

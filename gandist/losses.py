@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,11 @@ class Adversarial(NamedTuple):
     smooths: bool = False  # one-sided label smoothing has a meaning; without it `smoothing` must be 0
     # The logit at which real and fake are equally likely, by the smoothing; None where single logits mean nothing.
     border: Callable[[float], float] | None = None
+
+
+def uncast(values: Tensor) -> AbstractContextManager[Any]:
+    """What is computed within it is in the precision of its inputs."""
+    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

@@ -55,7 +55,10 @@ class _DampedAdam(torch.optim.Adam):
         for group in self.param_groups:
             moments = [self.state[p]["exp_avg_sq"] for p in group["params"] if p.grad is not None]
             extra = self.damping * (1 - group["betas"][1]) / group["betas"][1]
-            torch._foreach_add_(moments, extra if found is None else extra * (1 - found))
+            if found is None:
+                torch._foreach_add_(moments, extra)
+            else:  # by its full name, since the short one takes a tensor of one number for a number, and waits for it
+                torch.ops.aten._foreach_add_.Tensor(moments, extra * (1 - found))
         return super().step(closure)
 
 

@@ -6,19 +6,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import open_stream, packed, scenes_on_disk, tensor_files
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gandist.check import read_recipe
 from gandist.data.opening import data_spec
 from gandist.game import Clock, Game, unchanging
 from gandist.launcher import World
 from gandist.log import Meter
-from gandist.run import make_players
-from gandist.steps import Fixed, Sources, Unknown, Unread
+from gandist.run import make_players, running
+from gandist.steps import Fixed, Sources, Unknown, Unread, plain_step
 from gandist.train import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -258,3 +260,37 @@ def test_what_changes_when_it_is_met_again_or_is_too_much_is_not_kept(fashion: P
     assert stream.views[0].kept is not None
     assert not np.any(stream.views[0].kept._has)
     stream.close()
+
+
+# ---- nothing waits for the device
+
+
+class Waits(TorchDispatchMode):
+    """The operations that hand a number from the device to Python, or whose result has a size that the device must tell."""
+
+    SIGNS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if any(name.startswith(sign) for sign in self.SIGNS):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_step_waits_for_a_number_of_the_device(written: Callable, name: str) -> None:
+    recipe = read_recipe(written(RECIPES[name]), [])
+    with running(recipe, World.join("fp32")) as run:
+        plain_step(run)  # the first one makes constants
+        run.clock.advance()
+        run.data_faults()
+        with Waits() as waits:
+            plain_step(run)
+        assert waits.found == []
+        with Waits() as waits:
+            float(torch.ones(3).sum())
+        assert waits.found == ["_local_scalar_dense"]

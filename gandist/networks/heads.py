@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from gandist.losses import evidence
+from gandist.losses import evidence, uncast
 from gandist.networks.starting import Measuring
 from gandist.recipe import Section
 
@@ -216,7 +216,7 @@ class SpectralNorm(parametrizations._SpectralNorm):
     """Computed in fp32 whatever the precision: CUDA's autocast rounds the iteration to bf16 otherwise, and a CPU's does not."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with uncast(weight):
             return super().forward(weight)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gandist.losses import uncast
 from gandist.networks import Shape
 
 
@@ -33,7 +33,7 @@ class Halve(nn.Module):
 
 def double(image: Tensor) -> Tensor:
     """Each pixel as 2×2, in the precision that it has: CUDA's autocast would go on in fp32."""
-    with torch.autocast(image.device.type, enabled=False):
+    with uncast(image):
         return F.interpolate(image, scale_factor=2, mode="nearest")
 
 
