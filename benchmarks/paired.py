@@ -64,6 +64,13 @@ def scores(folder: Path, at: int | None) -> dict[str, float]:
     return {name.removeprefix("score/"): value for name, value in last[-1].items() if name.startswith("score/")}
 
 
+def began(folder: Path) -> dict[str, Any]:
+    """Where a run was begun, as its record says."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    first = next(row for row in found if row.get("event") == "start")
+    return {name: first.get(name) for name in ("device", "precision", "torch", "gandist")}
+
+
 def report(arguments: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
     """Everything, as the JSON that is written."""
     found = {arm: [scores(trial(arm, seed, arguments).folder, arguments.at) for seed in seeds] for arm in ARMS}
@@ -81,8 +88,9 @@ def report(arguments: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
         "seeds": seeds,
         "at_images": arguments.at,
         "scores": table,
-        "machine": machine(),
-        "versions": versions(),
+        "machine": machine() if arguments.at is None else None,  # that of the runs may have been another
+        "versions": versions() if arguments.at is None else None,
+        "began_on": [began(trial("with", seed, arguments).folder) for seed in seeds],
     }
 
 

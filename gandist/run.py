@@ -121,7 +121,7 @@ class Run:
                 images=self.clock.images,
                 run_id=self.run_id,
                 ranks=world.ranks,
-                device=str(world.device),
+                device=device_name(world.device),
                 precision=world.precision,
                 **versions(),
             )
@@ -554,6 +554,11 @@ def running(recipe: Recipe, world: World, init_from: Path | None = None, allow_p
         yield run
     finally:
         run.close()
+
+
+def device_name(device: torch.device) -> str:
+    """What it is, for a record."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from gandist.health import Symptom
 from gandist.losses import ADVERSARIAL, conditional_entropy, divergence, feature_matching, pseudo_labels, pull_away
 from gandist.networks import Classifies, Judged, classes_of
 from gandist.networks.noise import Distribution
-from gandist.player import EmaOptions, Player
+from gandist.player import EmaOptions, Player, in_capture
 from gandist.recipe import DataOptions, Section, harmless
 
 Weight = Annotated[float, Field(gt=0, le=1e9)]
@@ -297,6 +297,8 @@ def virtual_adversarial(player: Player, rows: Tensor, noise: Tensor, options: Vi
     """
     device = rows.device
     on_gpu = device.type == "cuda"
+    if in_capture(device):
+        raise RuntimeError("virtual adversarial training sets random numbers back, which a graph cannot")
     state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
 
     def classes(samples: Tensor) -> Tensor:
