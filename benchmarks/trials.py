@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from gandist.plots import Curve
 from gandist.recipe import Failure, InputError
+
+if TYPE_CHECKING:
+    from gandist.plots import Curve
 
 
 class Trial(NamedTuple):
@@ -85,6 +85,8 @@ def refuse_few(arguments: argparse.Namespace, *names: str) -> None:
 
 def machine() -> dict[str, Any]:
     """What the runs were trained on."""
+    import torch  # a program that only reads files does not wait for it
+
     found: dict[str, Any] = {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
     return found | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 

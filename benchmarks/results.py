@@ -1,0 +1,126 @@
+"""Writes RESULTS.md from the JSON files that the benchmarks wrote, so that no figure in it is typed.
+
+python benchmarks/results.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Found = dict[str, Any]
+SHORT = {"Intel(R) Xeon(R) Processor": "Intel Xeon"}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: int) -> list[str]:
+    """A Markdown table whose last `numbers` columns stand to the right."""
+    names = [*head]
+    rule = ["---"] * (len(names) - numbers) + ["---:"] * numbers
+    return [f"| {' | '.join(cells)} |" for cells in (names, rule, *rows)]
+
+
+def machine(found: Found) -> str:
+    """Device, cores and torch in a few words."""
+    if not found.get("machine"):  # a report on runs of elsewhere
+        began = found["began_on"][0]
+        return f"{began['device']}, torch {began['torch']}"
+    here = found["machine"]
+    name = SHORT.get(here.get("device", "CPU"), here.get("device", "CPU"))
+    cores = "" if name.startswith("NVIDIA") else f", {here['cores']} cores"
+    return f"{name}{cores}{', ' + here['capability'] if cores and 'capability' in here else ''}, torch {found['versions']['torch']}"
+
+
+def step_row(name: str, found: Found) -> list[str]:
+    """One line of the table of steps."""
+    setting = found["setting"]
+    size = f", {setting['size']} px" if setting.get("size") else ""
+    speed, peak = found["images_per_second"], found["gflops_of_a_matrix_product"]
+    low, high = found["ratio_quartiles"]
+    graphs = " as graphs" if found.get("graphs") == "yes" else ""
+    return [
+        f"[{name}](results/{name}.json)",
+        machine(found),
+        f"{setting['network']}{size}, batch {setting['batch']}",
+        found["precision"] + graphs,
+        f"{speed['plain']:,.0f}",
+        f"{speed['trainer']:,.0f}",
+        f"{found['ratio']:.2f} ({low:.2f} … {high:.2f})",
+        f"{found['gflops']['trainer'] / peak[found['precision']]:.1%}",
+    ]
+
+
+def paired_row(name: str, found: Found) -> list[str]:
+    """One line of the table of pairs."""
+    score = next(iter(found["scores"]))
+    entry = found["scores"][score]
+    difference, half = entry["difference"], entry["difference"]["half_width"]
+
+    def words(part: Found, sign: str = "") -> str:
+        deviation = part["standard_deviation"]
+        return f"{part['mean']:{sign}.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+    interval = "one pair" if half is None else f"{difference['mean'] - half:+.4f} … {difference['mean'] + half:+.4f}"
+    at = f", after {found['at_images']:,} images" if found.get("at_images") else ""
+    count = len(found["seeds"])
+    return [
+        f"[{name}](results/{name}.json)",
+        machine(found),
+        f"{found['recipe']}, without: {' '.join(found['without'])}{at}",
+        f"{score}, {count} seed{'s' * (count > 1)}",
+        words(entry["without"]),
+        words(entry["with"]),
+        words(difference, "+"),
+        interval,
+    ]
+
+
+HEADS = {
+    "step": [
+        "file", "machine", "networks", "precision", "plain loop, images/s", "gandist, images/s", "ratio (quartiles)", "of a matrix product",
+    ],
+    "paired": ["file", "machine", "recipe", "score", "without", "with", "difference", "95 % interval"],
+}  # fmt: skip
+TITLES = {
+    "step": "Steps: the full trainer against a plain fp32 loop of the same networks, in turns",
+    "paired": "Pairs: the same runs with and without one part",
+}
+ROWS: dict[str, Callable[[str, Found], list[str]]] = {"step": step_row, "paired": paired_row}
+
+
+def written(folder: Path) -> str:
+    """The page."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    lines = [
+        "# Measured",
+        "",
+        "Made by `python benchmarks/results.py` from the files in `benchmarks/results`, which the benchmarks wrote; nothing here is typed.",
+    ]
+    for kind, row in ROWS.items():
+        rows = [row(name, one) for name, one in found.items() if one["benchmark"] == kind]
+        lines += ["", f"## {TITLES[kind]}", "", *table(HEADS[kind], rows, 4)]
+    others = [name for name, one in found.items() if one["benchmark"] not in ROWS]
+    lines += ["", "## Other files", "", *(f"* [{name}](results/{name}.json)" for name in others)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where the page is not what the files say"
+    )
+    arguments = parser.parse_args()
+    page, text = HERE / "RESULTS.md", written(HERE / "results")
+    if not arguments.check:
+        page.write_text(text)
+    elif not page.exists() or page.read_text() != text:
+        sys.exit(f"{page}: is not what the files in results say; run python benchmarks/results.py")
+
+
+if __name__ == "__main__":
+    main()
