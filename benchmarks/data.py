@@ -50,7 +50,7 @@ from gandist.steps import plain_step
 BATCH = 64
 FORMATS = {"raw 64": (64, "npy"), "JPEG 64": (64, "jpg"), "JPEG 256": (256, "jpg")}
 RECIPE = """\
-data: {{path: {data}}}
+data: {{path: {data}, memory_gib: 0}}
 game:
   kind: gan
   generator: {{network: {{kind: dcgan, width: 64}}}}
@@ -81,7 +81,7 @@ def open_stream(
     folder: Path, workers: int = 0, parts: tuple[str, ...] = ("image", "label"), batch: int = BATCH
 ) -> Stream:
     """A stream on the CPU."""
-    options = DataOptions(path=str(folder), workers=workers)
+    options = DataOptions(path=str(folder), workers=workers, memory_gib=0.0)  # what comes from memory is not read
     return Stream(open_reader(options), options, Share(parts, batch, 0, torch.device("cpu")))
 
 

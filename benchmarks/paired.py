@@ -67,7 +67,7 @@ def scores(folder: Path, at: int | None) -> dict[str, float]:
 def began(folder: Path) -> dict[str, Any]:
     """Where a run was begun, as its record says."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    first = next(row for row in found if row.get("event") == "start")
+    first: dict[str, Any] = next((row for row in found if row.get("event") == "start"), {})
     return {name: first.get(name) for name in ("device", "precision", "torch", "gandist")}
 
 
@@ -90,7 +90,7 @@ def report(arguments: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
         "scores": table,
         "machine": machine() if arguments.at is None else None,  # that of the runs may have been another
         "versions": versions() if arguments.at is None else None,
-        "began_on": [began(trial("with", seed, arguments).folder) for seed in seeds],
+        "began_on": [began(trial(arm, seed, arguments).folder) for seed in seeds for arm in ARMS],
     }
 
 

@@ -4,10 +4,15 @@
     python benchmarks/step.py --game semi [--precision fp32] [--batch 100] [--rounds 9] [--steps 10] [--json FILE]
     python benchmarks/step.py --game segment [--size 160] [--batch 4] [--rounds 9] [--steps 2] [--json FILE]
 
-Both run in this process, in turns of a few steps, so that what else the machine does falls on both alike. The plain loop
+All run in this process, in turns of a few steps, so that what else the machine does falls on all alike. The plain loop
 is written as in the PyTorch DCGAN example: eager, fp32, default memory format and optimizer, one generator forward a
 step, images waiting in memory as floats. The trainer reads packed shards, draws fresh noise for each player, keeps an
-average of the generator and writes its log.
+average of the generator and writes its log. `step` is the trainer's step alone, on one batch that lies on the device: what the stream, the log and the
+guards cost is the rest. `tuned` (of gan) is the plain loop with what an expert would write into it: the trainer's precision, channels last, fused
+Adam, a frozen opponent, one forward of the discriminator, one average.
+
+Then the trainer plays a few steps more as they are written, with a clock around each part, waiting for the device after each: `parts` are
+seconds of a step, and add up to more than a step where the device would have worked ahead.
 
 `--game semi` plays the MNIST experiment of Salimans et al. 2016, its networks and batch, on garments of 28 pixels. Its plain loop is the
 usual port: fp32, layers written as their formulas are (with `--layers gandist`, the trainer's own), torch's Adam, a forward of the discriminator for each of the labelled, unlabelled and generated rows and for both sides of
@@ -28,6 +33,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,13 +47,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from gandist.check import read_recipe
 from gandist.data.opening import data_spec, open_batches
 from gandist.data.pack import Options, Packing, pack
-from gandist.data.stream import Share
+from gandist.data.stream import Batch, Share
 from gandist.game import Game
 from gandist.launcher import Stop, World
 from gandist.networks import Judged
-from gandist.player import DTYPES
-from gandist.run import running, versions
-from gandist.steps import Stepper, plain_step
+from gandist.player import DTYPES, Turn
+from gandist.run import Run, resident_bytes, running, versions
+from gandist.steps import Stepper, moves, plain_step, seed
 
 RECIPES = {
     "gan": """\
@@ -112,6 +119,53 @@ class Plain:
         loss = self.criterion(self.discriminator(fake).logits, ones)
         loss.backward()
         self.optimizers[1].step()
+
+
+class Tuned:
+    """The same by somebody who knows what it costs."""
+
+    def __init__(
+        self, generator: nn.Module, discriminator: nn.Module, images: Tensor, noise: int, batch: int, precision: str
+    ) -> None:
+        self.generator, self.discriminator = (
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for module in (generator, discriminator)
+        )
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.noise, self.batch, self.place = noise, batch, 0
+        self.cast = partial(torch.autocast, images.device.type, DTYPES[precision], enabled=precision != "fp32")
+        self.optimizers = [
+            torch.optim.Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+            for m in (discriminator, generator)
+        ]
+        self.average = [p.detach().clone() for p in generator.parameters()]
+
+    def __call__(self) -> None:
+        first = self.place % (len(self.images) - self.batch + 1)
+        self.place += self.batch
+        real = self.images[first : first + self.batch]
+
+        with torch.no_grad(), self.cast():
+            fake = self.generator(torch.randn(self.batch, self.noise, device=real.device))
+        self.optimizers[0].zero_grad()
+        if any(isinstance(part, nn.BatchNorm2d) for part in self.discriminator.modules()):
+            with self.cast():
+                accepted, rejected = self.discriminator(real).logits, self.discriminator(fake.to(real.dtype)).logits
+        else:
+            with self.cast():
+                accepted, rejected = self.discriminator(torch.cat([real, fake.to(real.dtype)])).logits.chunk(2)
+        loss = F.softplus(-accepted.float()).mean() + F.softplus(rejected.float()).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizers[0].step()
+
+        self.optimizers[1].zero_grad()
+        self.discriminator.requires_grad_(False)
+        with self.cast():
+            verdict = self.discriminator(self.generator(torch.randn(self.batch, self.noise, device=real.device))).logits
+        F.softplus(-verdict.float()).mean().backward()  # type: ignore[no-untyped-call]
+        self.discriminator.requires_grad_(True)
+        self.optimizers[1].step()
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.generator.parameters()], 0.001)
 
 
 class PlainNormed(nn.Module):
@@ -249,6 +303,73 @@ class PlainSegment:
         self.optimizers[1].step()
 
 
+class Still:
+    """A stream that has one batch, on the device."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def read(self, draw: int) -> list[Batch]:
+        """The same rows as another draw."""
+        return [replace(batch, draw=draw, made={}) for batch in self.batches]
+
+
+class Clocked:
+    """Seconds by part, with the device waited for after each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict[str, float]()
+
+    def __call__(self, name: str, act: Callable[..., Any], *arguments: Any) -> Any:
+        """What `act` gives, its time noted."""
+        wait(self.device)
+        began = time.perf_counter()
+        found = act(*arguments)
+        wait(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return found
+
+
+def parts_of_a_step(run: Run, stop: Stop, steps: int) -> dict[str, float]:
+    """Seconds of each part of a step, the mean of `steps` of them as they are written."""
+    clocked = Clocked(run.world.device)
+    for _ in range(steps):
+        clocked("data wait", run.data_faults)
+        clocked("agreement", stop.agreed, False)
+        clocked("log", run.upkeep, False)
+        turns: list[Turn] = []
+        for move in moves(run, run.phases):
+            batches = clocked("data to device", run.stream.read, move.draw)
+            seed(run, move)
+            name, player = move.phase.player, run.players[move.phase.player]
+            share = run.clock.batch / move.phase.repeat
+            with player.turn(run.clock.images, share, run.recipe.run.accumulate, hold=True) as turn:
+                for batch in turn.accumulate(batches):
+                    loss, values = clocked(f"{name} forward", move.phase.loss, run.players, batch, run.clock)
+                    clocked(f"{name} backward", turn.backward, loss)
+                    clocked("log", run.meter.add, values)
+            turns.append(turn)
+            if not move.phase.hold:
+                clocked(f"{name} optimizer", turn.finish)
+        for turn in turns:
+            clocked(f"{turn.player.name} optimizer", turn.finish)
+        run.clock.advance()
+    return {name: total / steps for name, total in clocked.seconds.items()}
+
+
+def copy_gigabytes(device: torch.device) -> float:
+    """Bytes read and written a second in a copy of 256 MiB, the best of ten, in GB."""
+    source = torch.zeros(2**26, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * source.numel() * 4 / best / 1e9
+
+
 def peak_gflops(device: torch.device, dtype: torch.dtype) -> float:
     """What a 2048³ matrix product reaches, on a GPU one of 8192³; the best of ten."""
     side = 8192 if device.type == "cuda" else 2048
@@ -275,6 +396,13 @@ def seconds(act: Callable[[], object], steps: int, device: torch.device) -> floa
         act()
     wait(device)
     return (time.perf_counter() - began) / steps
+
+
+def quartiles(others: list[float], ours: list[float]) -> tuple[float, float, float]:
+    """Of how many times as fast we were in each round: lower quartile, median, upper quartile."""
+    ratios = sorted(other / own for other, own in zip(others, ours, strict=True))
+    quarter = len(ratios) // 4
+    return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
 
 
 def flops(act: Callable[[], object], batch: int) -> float:
@@ -328,8 +456,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         plain = Plain(first, second, images, 100, arguments.batch)
     stop = Stop(world)
     timings: dict[str, list[float]] = {"plain": [], "trainer": []}
-    with running(recipe, world) as run:
-        step = Stepper(run)
+    with running(recipe, world) as run, Stepper(run) as step:
 
         def trainer() -> None:
             stop.agreed(bool(run.data_faults()))
@@ -342,19 +469,34 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             plain_step(run)
             run.clock.advance()
 
-        contestants: dict[str, Callable[[], object]] = {"plain": plain, "trainer": trainer}
+        def alone() -> None:
+            stream, run.stream = run.stream, still  # type: ignore[assignment]
+            step()  # without a step of the clock: the stream has the next draws at hand
+            run.stream = stream
+
+        still = Still(run.stream.read(0))
+        contestants: dict[str, Callable[[], object]] = {"plain": plain, "trainer": trainer, "step": alone}
+        if not semi and not segment:
+            twins = [side.build().to(world.device) for side in sides.values()]
+            contestants["tuned"] = Tuned(twins[0], twins[1], images, 100, arguments.batch, world.precision)
+        timings |= {name: [] for name in contestants}
         for act in contestants.values():
             seconds(act, 8, world.device)  # first steps choose kernels, fill pools and record graphs
         for _ in range(arguments.rounds):
             for name, act in contestants.items():
                 timings[name].append(seconds(act, arguments.steps, world.device))
         waited = run.stream.waited
+        memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resident_bytes()
         # Operations within a graph cannot be counted: those of the step as it is written are the same.
-        arithmetic = {"plain": flops(plain, arguments.batch), "trainer": flops(written, arguments.batch)}
+        parts = parts_of_a_step(run, stop, arguments.steps)
+        counted = flops(written, arguments.batch)
+        arithmetic = dict.fromkeys(contestants, counted) | {"plain": flops(plain, arguments.batch)}
+        if "tuned" in contestants:
+            arithmetic["tuned"] = flops(contestants["tuned"], arguments.batch)
         graphs = step.why_not or "yes" if world.device.type == "cuda" else "no: there is no GPU"
     stop.close()
-    ratios = sorted(p / t for p, t in zip(timings["plain"], timings["trainer"], strict=True))
-    quarter = len(ratios) // 4
+    against = {name: quartiles(timings[name], timings["trainer"]) for name in timings if name != "trainer"}
+    low, middle, high = against["plain"]
     speeds = {name: arguments.batch / statistics.median(values) for name, values in timings.items()}
     peaks = {name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})}
     own = {"semi": ("layers",), "segment": ("size",), "gan": ("size", "width")}[arguments.game]
@@ -378,8 +520,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "precision_reason": world.reason,
         "graphs": graphs,
         "images_per_second": speeds,
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
+        "ratio": middle,
+        "ratio_quartiles": [low, high],
+        "ratios": {name: {"ratio": two, "quartiles": [one, three]} for name, (one, two, three) in against.items()},
+        "parts_seconds": parts,
+        "peak_memory_bytes": memory,
+        "copy_gigabytes_per_second": copy_gigabytes(world.device),
         "mflop_per_image": {name: value / 1e6 for name, value in arithmetic.items()},
         "gflops": {name: speeds[name] * value / 1e9 for name, value in arithmetic.items()},
         "gflops_of_a_matrix_product": peaks,
@@ -391,14 +537,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result for a reader."""
     lines = ["", "| loop | precision | images/s | GFLOP/s | of a matrix product |", "|---|---|---:|---:|---:|"]
-    for name, precision in (("plain", "fp32"), ("trainer", result["precision"])):
+    for name in result["images_per_second"]:
+        precision = "fp32" if name == "plain" else result["precision"]
         speed, gflops = result["images_per_second"][name], result["gflops"][name]
         share = gflops / result["gflops_of_a_matrix_product"][precision]
         lines.append(f"| {name} | {precision} | {speed:.1f} | {gflops:.0f} | {share:.0%} |")
-    low, high = result["ratio_quartiles"]
-    return "\n".join(
-        [*lines, "", f"ratio {result['ratio']:.2f} (quartiles {low:.2f} … {high:.2f}); {result['precision_reason']}"]
-    )
+    lines += ["", "| part of a step | ms |", "|---|---:|"]
+    lines += [f"| {name} | {1000 * took:.2f} |" for name, took in result["parts_seconds"].items()]
+    lines.append("")
+    for name, found in result["ratios"].items():
+        low, high = found["quartiles"]
+        lines.append(f"{found['ratio']:.2f} times as fast as `{name}` (quartiles {low:.2f} … {high:.2f})")
+    return "\n".join([*lines, f"{result['precision']}: {result['precision_reason']}; graphs: {result['graphs']}"])
 
 
 def report(

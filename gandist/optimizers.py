@@ -151,10 +151,9 @@ class SgdOptions(OptimizerOptions):
             torch._foreach_add_(pulled, [p.detach() for p in moved], alpha=self.weight_decay)
         torch._foreach_mul_(gradients, learning_rate)
         if self.final_momentum is not None:
+            momentum = max(self.regime(images), 1e-30)  # at 0 torch would not note the velocity for the steps to come
             for group in optimizer.param_groups:
-                group["momentum"] = max(
-                    self.regime(images), 1e-30
-                )  # at 0 torch would not note the velocity for the steps to come
+                group["momentum"] = momentum
 
     def regime(self, images: int) -> float:
         """The momentum."""

@@ -425,7 +425,7 @@ class Run:
         now, (then, step, waited) = time.monotonic(), self._mark
         seconds = max(now - then, 1e-9)
         self.seconds += seconds
-        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else _resident_bytes()
+        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else resident_bytes()
         row = {
             "step": self.clock.step,
             "images": self.clock.images,
@@ -567,6 +567,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """The most memory that this process has had."""
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

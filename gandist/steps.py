@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -192,13 +192,24 @@ class Stepper:
         self.on_gpu = self.device.type == "cuda"
         self._regimes: OrderedDict[Hashable, Regime] = OrderedDict()
         self._slots: dict[int, list[dict[str, Tensor]]] = {}  # batches, by their draw from the first of the step
+        self._before: torch.cuda.Stream | None = None  # the stream that it found
         if self.why_not is not None:
             run.note_graphs(None, self.why_not)
         elif self.on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
+            self._before = torch.cuda.current_stream(self.device)
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             torch.cuda.set_stream(self._stream)  # where recordings are made; all before them is warmed up there too
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Gives back the stream that it found."""
+        if self._before is not None:
+            self._before.wait_stream(self._stream)
+            torch.cuda.set_stream(self._before)
 
     def __call__(self) -> None:
         """One step of the clock."""
@@ -286,7 +297,7 @@ class Stepper:
                     sums[f"grad_norm/{turn.player.name}"] = turn.norm.float() * len(measured)
                 else:
                     held.append((move, turn))
-                vector = torch.stack([*sums.values()])
+                vector = torch.stack([*sums.values()]) if sums else torch.zeros(0, device=self.device)
             share = run.clock.batch / move.phase.repeat
             recorded.append(Recorded(graph, move, turn.player, share, (*sums,), vector, len(measured)))
         for move, turn in held:
@@ -298,7 +309,7 @@ class Stepper:
         regime.recorded = recorded
         run.note_graphs(len(recorded))
 
-    def _recording(self, generators: list[torch.Generator]) -> Any:
+    def _recording(self, generators: list[torch.Generator]) -> _Recording:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
@@ -320,6 +331,7 @@ class Stepper:
     def _give_up(self, reason: str) -> None:
         self.why_not = reason
         self._regimes.clear()
+        self._slots.clear()
         # A recording that CUDA broke off leaves the device's own source waiting for its end.
         fresh = torch.Generator(self.device)
         torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)

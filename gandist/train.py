@@ -15,8 +15,7 @@ DONE, STOPPED = 0, 75
 def train(recipe: Recipe, world: World, init_from: Path | None = None, allow_pipe: bool = False) -> int:
     """Trains or goes on; 0 when all images were counted, 75 when it was asked to stop and has saved."""
     stop = Stop(world)
-    with running(recipe, world, init_from, allow_pipe) as run:
-        step = Stepper(run)
+    with running(recipe, world, init_from, allow_pipe) as run, Stepper(run) as step:
         while True:
             faults = run.data_faults()
             stopping, troubled = stop.agreed(bool(faults))

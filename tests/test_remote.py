@@ -367,7 +367,7 @@ def test_the_cache_of_windows_stays_within_its_bound_deleted_files_included(
     limit = 5 * shard / 2**30
     parts = ("label", "unlabelled") if options else ("image", "label")
     stream = open_stream(url, parts=parts, batch=20, shuffle="window", window_shards=2, cache=str(tmp_path / "cache"),
-                         cache_gib=limit, **options)  # fmt: skip
+                         cache_gib=limit, memory_gib=0.0, **options)  # fmt: skip
     most = 0
     for draw in range(40):
         stream.read(draw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import open_stream, packed, scenes_on_disk, tensor_files
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gandist.check import read_recipe
@@ -19,6 +21,8 @@ from gandist.data.opening import data_spec
 from gandist.game import Clock, Game, unchanging
 from gandist.launcher import World
 from gandist.log import Meter
+from gandist.optimizers import AdamOptions, ScheduleOptions
+from gandist.player import EmaOptions, Player, PlayerOptions
 from gandist.run import make_players, running
 from gandist.steps import Fixed, Sources, Unknown, Unread, plain_step
 from gandist.train import train
@@ -33,7 +37,7 @@ game:
   noise: 16
   generator: {{network: {{kind: dcgan, width: 16}}, ema: {{half_life_images: 500}}}}
   discriminator: {{network: {{kind: dcgan, width: 16, norm: none}}}}
-  augment: {{kind: ada, start: 0.3, every: 2, policy: [colour]}}
+  augment: {{kind: ada, start: 0.3, every: 2, groups: [colour]}}
   regularisers: {{r1: {{weight: 1.0, every: 3}}}}
 run: {{folder: {folder}, images: 640, batch: 32, precision: {precision}, log_every: 5, save_images: 100_000}}
 """
@@ -196,6 +200,55 @@ def test_a_loss_reads_of_the_clock_what_its_phase_says(written: Callable) -> Non
     assert read >= 3
 
 
+def test_steps_of_one_regime_have_one_loss(written: Callable) -> None:
+    """Whatever else the clock says: a graph that is replayed would not hear of it."""
+    several = 0
+    for text in (GAN, SEMI, SEGMENT):
+        recipe = read_recipe(written(text), [])
+        assert isinstance(recipe.game, Game)
+        spec = data_spec(recipe.data)
+        (batch,) = open_stream(
+            recipe.data.path, parts=recipe.game.parts(spec), batch=8, workers=0, subset=recipe.data.subset
+        ).read(0)
+        for phase in recipe.game.phases(spec):
+            found: dict[Any, list[tuple[float, list[str]]]] = {}
+            for number in range(14):
+                clock = Clock(recipe.run.batch, recipe.run.images, number)
+                players = make_players(recipe, spec, CPU, "fp32")
+                torch.manual_seed(0)
+                with players[phase.player].turn(0, 8) as turn:
+                    loss, values = phase.loss(players, replace(batch, made={}), clock)
+                    turn.backward(loss)
+                found.setdefault(phase.regime(clock), []).append((float(loss), sorted(values)))
+            several += len(found) > 1
+            for same in found.values():
+                assert all(one == same[0] for one in same), phase
+    assert several >= 3
+
+
+def test_a_rate_on_the_device_moves_as_one_that_python_has_and_is_not_waited_for() -> None:
+    options = PlayerOptions(
+        optimizer=AdamOptions(eps_inside_root=True), schedule=ScheduleOptions(kind="linear", until_images=400),
+        ema=EmaOptions(half_life_images=50), clip_norm=2.0,
+    )  # fmt: skip
+    players = []
+    for on_device in (False, True):
+        torch.manual_seed(0)
+        player = Player("one", nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3)), options, device=CPU)
+        if on_device:
+            player._pace = {name: torch.zeros(()) for name in player._pace}
+        players.append(player)
+        for number in range(20):
+            inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(number))
+            with Waits() as waits, player.turn(number * 8, 8) as turn:
+                turn.backward(player(inputs).square().mean())
+            assert not on_device or not set(waits.found) - {"_local_scalar_dense"}, waits.found
+    here, there = (player.tensors() for player in players)
+    for file in here:
+        for key, tensor in here[file].items():
+            torch.testing.assert_close(there[file][key], tensor, rtol=1e-5, atol=1e-7)
+
+
 def test_fixed_rows_draw_what_fresh_ones_do_whenever_they_are_asked(fashion: Path) -> None:
     stream = open_stream(fashion, batch=8, seed=3, workers=0)
     sources = Sources(3, CPU)
@@ -228,7 +281,12 @@ def test_a_meter_means_vectors_and_values_of_one_name_together() -> None:
 def lost(tmp_path: Path, fashion: Path) -> Callable[[], None]:
     """Empties the shards of a copy of the garments."""
     shutil.copytree(fashion, tmp_path / "copy")
-    return lambda: [shard.write_bytes(b"") for shard in (tmp_path / "copy").glob("*.tar")] and None
+
+    def empty() -> None:
+        for shard in (tmp_path / "copy").glob("*.tar"):
+            shard.write_bytes(b"")
+
+    return empty
 
 
 @pytest.mark.parametrize("transform", [{}, {"size": 20}, {"canvas": [32, 40]}])
@@ -245,6 +303,8 @@ def test_a_sample_is_read_once_where_all_of_them_fit_into_memory(
     expected = [read.read(draw)[0].parts for draw in range(2 * epoch)]
     for draw in range(epoch):
         kept.read(draw)
+    for ahead in kept._pending.values():
+        ahead.result()
     views = {view.name: view.kept for view in kept.views}
     assert views["unlabelled"] is views["unlabelled_again"]
     assert views["unlabelled"] is not views["labelled"]
@@ -255,6 +315,46 @@ def test_a_sample_is_read_once_where_all_of_them_fit_into_memory(
         assert all(torch.equal(parts[name], tensor) for name, tensor in expected[draw].items())
     for stream in streams:
         stream.close()
+
+
+def test_a_subset_takes_memory_for_its_own_samples_and_all_views_share_the_limit(fashion: Path) -> None:
+    def kept(**options: Any) -> dict[str, Any]:
+        stream = open_stream(
+            fashion, parts=("image", "label", "unlabelled", "unlabelled_again"), batch=8, workers=0, **options
+        )
+        stream.read(0)
+        found = {view.name: view.kept for view in stream.views}
+        stream.close()
+        return found
+
+    few = {"subset": {"per_class": 2, "seed": 0}}
+    labelled, unlabelled = (kept(**few)[name] for name in ("labelled", "unlabelled"))
+    assert labelled._arrays["image"].shape == (20, 28, 28, 1)
+    assert labelled._arrays["label"].shape == (20,)
+    assert len(unlabelled._arrays["image"]) == len(open_stream(fashion, batch=8, workers=0).reader)
+    whole = 784 * len(unlabelled._arrays["image"]) / 2**30
+    assert [name for name, found in kept(memory_gib=1.5 * whole).items() if found is None] == [
+        "unlabelled",
+        "unlabelled_again",
+    ]
+    assert None not in kept(memory_gib=2.5 * whole).values()
+
+
+def test_shards_are_not_asked_for_once_all_their_samples_are_in_memory(
+    fashion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = open_stream(fashion, batch=500, workers=0, shuffle="window", window_shards=1)
+    asked: list[Any] = []
+    monkeypatch.setattr(stream.reader, "read_ahead", lambda shards, kept: asked.append(shards))
+    epoch = -(-len(stream.reader) // 500) + 1
+    for draw in range(epoch):
+        stream.read(draw)
+    assert asked
+    asked.clear()
+    for draw in range(epoch, 2 * epoch):
+        stream.read(draw)
+    assert asked == []
+    stream.close()
 
 
 def test_what_changes_when_it_is_met_again_or_is_too_much_is_not_kept(fashion: Path) -> None:

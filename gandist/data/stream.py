@@ -282,27 +282,31 @@ class View:
 
 
 class Kept:
-    """Rows of samples that were read before, in memory; one that was bad is not among them."""
+    """Rows of samples that were read before, in memory, by their place in an order; one that was bad is not among them."""
 
     def __init__(self, samples: int) -> None:
         self._has = np.zeros(samples, bool)
         self._arrays: dict[str, npt.NDArray[Any]] = {}
+        self.complete = False
 
-    def take(self, numbers: npt.NDArray[np.int64], into: Mapping[str, npt.NDArray[Any]]) -> bool:
+    def take(self, picks: npt.NDArray[np.int64], into: Mapping[str, npt.NDArray[Any]]) -> bool:
         """Copies the rows of these samples, if all are there."""
-        if not self._has[numbers].all():
+        if not self._has[picks].all():
             return False
         for name, array in into.items():
-            np.take(self._arrays[name], numbers, 0, array, "clip")  # which needs no buffer, and clips nothing here
+            np.take(
+                self._arrays[name], picks, 0, array, "clip"
+            )  # "raise" would fill a buffer first; nothing is clipped
         return True
 
-    def put(self, numbers: npt.NDArray[np.int64], rows: Mapping[str, npt.NDArray[Any]]) -> None:
+    def put(self, picks: npt.NDArray[np.int64], rows: Mapping[str, npt.NDArray[Any]]) -> None:
         """Keeps rows. Several threads may: what they write for a sample is the same."""
         for name, array in rows.items():
             if name not in self._arrays:
                 self._arrays.setdefault(name, np.empty((len(self._has), *array.shape[1:]), array.dtype))
-            self._arrays[name][numbers] = array
-        self._has[numbers] = True
+            self._arrays[name][picks] = array
+        self._has[picks] = True
+        self.complete = bool(self._has.all())
 
 
 @dataclass
@@ -354,24 +358,29 @@ class Stream:
         for view in found.values():
             if "image" in view.parts and not moves(view.transform) and view.image is not None and view.image.height:
                 view.header = self._header(view)
+        left = self.options.memory_gib * 2**30
         kept: dict[str, Kept] = {}  # two orders of the same samples keep them once
         for view in found.values():
-            if self._fits(view):
-                same = repr((view.transform, sorted(view.parts)))
-                view.kept = kept.setdefault(same, Kept(len(self.reader)))
+            same = repr((view.transform, sorted(view.parts), view.items is None))
+            size = self._bytes(view)
+            if same not in kept and size is not None and size <= left:
+                kept[same] = Kept(view.order.length)
+                left -= size
+            view.kept = kept.get(same)
         return list(found.values())
 
-    def _fits(self, view: View) -> bool:
+    def _bytes(self, view: View) -> int | None:
+        """What all samples of a view take in memory; None where they change when they are met again."""
         if moves_at_random(view.transform):
-            return False
-        bytes_of = 8 * ("label" in view.parts)
+            return None
+        bytes_of = 8 * ("label" in view.parts) + 16 * (view.transform.canvas is not None)
         if view.image is not None and ("image" in view.parts or "mask" in view.parts):
             if view.image.height is None or view.image.width is None:
-                return False
+                return None
             bytes_of += view.image.height * view.image.width * (view.image.channels + ("mask" in view.parts))
         if self.spec.signal is not None and "signal" in view.parts:
             bytes_of += 4 * self.spec.signal.channels * self.spec.signal.length
-        return bytes_of * view.order.length <= self.options.memory_gib * 2**30
+        return bytes_of * view.order.length
 
     def _order(self, purpose: str, items: npt.NDArray[np.uint64] | None) -> Order:
         if items is not None:
@@ -418,7 +427,8 @@ class Stream:
         loaded = Loaded()
         try:
             for view in self.views:
-                self._read_ahead(view, draw)
+                if view.kept is None or not view.kept.complete:
+                    self._read_ahead(view, draw)
                 self._load_view(view, draw, loaded)
         except (Failure, InputError, OSError) as error:
             loaded.faults.append(Fault(-1, str(error)))
@@ -453,9 +463,9 @@ class Stream:
         if "signal" in view.parts:
             assert self.spec.signal is not None
             arrays["signal"] = np.empty((count, self.spec.signal.channels, self.spec.signal.length), np.float32)
-        original = numbers.astype(np.int64)
-        if view.kept is not None and view.kept.take(original, arrays):
-            self._hand_over(view, arrays, original, loaded)
+        original = numbers.copy()
+        if view.kept is not None and view.kept.take(picks.astype(np.int64), arrays):
+            self._hand_over(view, arrays, numbers, loaded)
             return
         drawn = None
         if moves(view.transform):
@@ -470,8 +480,8 @@ class Stream:
                 loaded.faults.append(self._fault(int(numbers[row]), error))
                 numbers[row] = self._substitute(view, row, int(picks[row]), arrays, drawn, loaded)
         if view.kept is not None:
-            sound = numbers.astype(np.int64) == original
-            view.kept.put(original[sound], {name: array[sound] for name, array in arrays.items()})
+            sound = numbers == original
+            view.kept.put(picks.astype(np.int64)[sound], {name: array[sound] for name, array in arrays.items()})
         self._hand_over(view, arrays, numbers, loaded)
 
     def _hand_over(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -63,11 +64,17 @@ def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
     return ImageSpec(height=height, width=width, channels=image.channels)
 
 
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, copied there once: a copy waits for it, and while a graph is recorded there can be none."""
+    return torch.tensor(values, device=device)
+
+
 def values(options: TransformOptions, pixels: Tensor) -> Tensor:
     """Float images of uint8 ones, both (B, C, H, W)."""
     images = pixels.float()
     if options.mean is not None and options.std is not None:
-        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (options.mean, options.std))
+        mean, std = (constant(tuple(v), images.device).view(1, -1, 1, 1) for v in (options.mean, options.std))
         return images.div_(255).sub_(mean).div_(std)
     low, high = options.range
     if (low, high) == (-1.0, 1.0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gandist.data.dataset import Spec
 from gandist.data.stream import IGNORED, Batch
+from gandist.data.transform import constant
 from gandist.game import Clock, Phase, Players, Segmenting, Side, always
 from gandist.games.segmentation import Segmentation, SegmentationOptions
 from gandist.health import Symptom
@@ -262,7 +263,7 @@ class Segment(Segmenting):
     def _regime(self, clock: Clock) -> tuple[bool, bool]:
         """Whether the adversary is to be fooled, and whether unlabelled images are read."""
         unlabelled = self.unlabelled is not None and clock.images >= self.unlabelled.from_images
-        return clock.images >= self.adversarial.from_images, unlabelled
+        return self.adversary is not None and clock.images >= self.adversarial.from_images, unlabelled
 
     def segmenter_loss(
         self, weights: tuple[float, ...] | None, players: Players, batch: Batch, clock: Clock, /
@@ -271,7 +272,7 @@ class Segment(Segmenting):
         view = self._view(batch)
         logits: Tensor = players["segmenter"](view.images)
         truth = at_grid(view.mask, self.stride)
-        by_class = None if weights is None else _on(logits.device, weights)
+        by_class = None if weights is None else constant(weights, logits.device)
         terms = {"cross_entropy": cross_entropy(logits, truth, by_class, self.pixels == "mean")}
         if self.dice is not None:
             answers = at_least_fp32(logits).softmax(1) * labelled(truth)
@@ -380,9 +381,3 @@ def over_places(losses: Tensor, there: Tensor) -> Tensor:
         return losses.mean()
     places = there[:, 0] if there.shape[2:] == losses.shape[1:] else stretched(there[:, 0], *losses.shape[1:])
     return (losses * places).mean()
-
-
-@cache
-def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
-    """Numbers on a device, copied there once."""
-    return torch.tensor(values, device=device)

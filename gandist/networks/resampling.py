@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,12 +41,16 @@ def double(image: Tensor) -> Tensor:
 class DoubleSmoothly(nn.Module):
     """Bilinear interpolation to twice the size.
 
-    As means of neighbours, twice, of the doubled pixels: the backward of torch's own adds up in no fixed order on CUDA.
+    As means of neighbours, twice, of the doubled pixels and one more of the border on each side: the backward of torch's own adds up in no
+    fixed order on CUDA, and that of a mean with padding is wrong there where channels lie last (PyTorch's issue 188344): gradients come back half a pixel off.
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        between = F.avg_pool2d(double(image), 2, stride=1, padding=1, count_include_pad=False)  # (B, C, 2H+1, 2W+1)
-        return F.avg_pool2d(between, 2, stride=1)
+        wide = double(image)
+        for axis in (2, 3):
+            last = wide.shape[axis] - 1
+            wide = torch.cat([wide.narrow(axis, 0, 1), wide, wide.narrow(axis, last, 1)], axis)
+        return F.avg_pool2d(F.avg_pool2d(wide, 2, stride=1), 2, stride=1)
 
 
 class Crop(nn.Module):
