@@ -6,7 +6,7 @@ For each seed it trains the recipe twice, with `run.seed` set to the seed: as it
 same initial weights, data order and steps, so that a pair differs by nothing else. Then it writes, of every score of the game: mean ±
 standard deviation over the seeds of either, and of their differences with a 95 % confidence interval (Student's t), every single run, and the
 curves over training on held-out and, with `game.scores.train_samples`, on training images, as paired.json, paired.md and paired.png. All
-seeds are reported, and none is chosen. `{seed}` in an override becomes the seed: data.path=datasets/stanford-{seed} gives each pair a
+seeds are reported, and none is chosen. With `--at` it trains nothing and compares what the runs had after so many images, as paired-at-IMAGES.json and so on. `{seed}` in an override becomes the seed: data.path=datasets/stanford-{seed} gives each pair a
 division of its own.
 
 `--jobs` runs train side by side, one a core unless given, with the cores shared between them. Stopped at any moment, the same command goes
@@ -22,12 +22,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import yaml
 from trials import Help, Trial, curve, finish, machine, options, refuse_few, refuse_ours, train_all
 
 from gandist.check import read_recipe
 from gandist.game import Game
 from gandist.plots import learning_curves
-from gandist.recipe import Failure, InputError
+from gandist.recipe import Failure, InputError, Recipe
 from gandist.run import versions
 
 OURS = ("run.seed", "run.folder")
@@ -54,19 +55,61 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"values": values, "mean": mean(values), "standard_deviation": deviation, "half_width": half}
 
 
+def record(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run, but for one that is being written; raises Failure where there is no run."""
+    try:
+        lines = (folder / "log.jsonl").read_text().splitlines()
+    except OSError as error:
+        raise Failure(f"{folder}: no run to read: {error.strerror}; the same command without --at trains it") from None
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def refuse_others(folder: Path, recipe: Recipe) -> None:
+    """Raises InputError where a run that is there was trained by another game, seed or batch than the recipe's."""
+    try:
+        text = (folder / "recipe.yaml").read_text()
+    except OSError:
+        return  # not begun yet
+    old, new = yaml.safe_load(text), recipe.model_dump(mode="json")
+    for harmless in ("scores", "inference"):
+        old["game"].pop(harmless, None)
+        new["game"].pop(harmless, None)
+    wanted = [("game", key) for key in new["game"]] + [
+        ("run", "seed"),
+        ("run", "batch"),
+        ("data", "transform"),
+        ("data", "subset"),
+    ]
+    for section, key in wanted:
+        if key in old[section] and old[section][key] != new[section][key]:
+            raise InputError(
+                f"{folder}: was trained with another `{section}.{key}`; name another folder by --out, or take the override back"
+            )
+
+
 def scores(folder: Path, at: int | None) -> dict[str, float]:
     """The evaluation of a run at its end, or at so many images; raises Failure where there is none."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    images = max(row["images"] for row in found if "images" in row) if at is None else at
-    last = [row for row in found if row.get("images") == images and any(name.startswith("score/") for name in row)]
+    found = record(folder)
+    images = max((row["images"] for row in found if "images" in row), default=0) if at is None else at
+    scored = [row for row in found if any(name.startswith("score/") for name in row)]
+    last = [row for row in scored if row.get("images") == images]
     if not last:
-        raise Failure(f"{folder}: has no scores at {images:,} images; log.jsonl says why")
+        there = ", ".join(f"{count:,}" for count in sorted({row["images"] for row in scored})) or "none"
+        raise Failure(
+            f"{folder}: has no scores at {images:,} images; it has some at {there}; the same command without --at goes on"
+        )
     return {name.removeprefix("score/"): value for name, value in last[-1].items() if name.startswith("score/")}
 
 
 def began(folder: Path) -> dict[str, Any]:
     """Where a run was begun, as its record says."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = record(folder)
     first: dict[str, Any] = next((row for row in found if row.get("event") == "start"), {})
     return {name: first.get(name) for name in ("device", "precision", "torch", "gandist")}
 
@@ -138,6 +181,7 @@ def measure(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"{arguments.recipe}: `run.evaluate_images` is not set, so that there is nothing to compare"
             )
+        refuse_others(one.folder, recipe)
     if arguments.at is None:
         train_all(arguments.recipe, trials, arguments.jobs, arguments.out)
     found = report(arguments, seeds)
@@ -145,17 +189,18 @@ def measure(arguments: argparse.Namespace) -> int:
     if score not in found["scores"]:
         raise InputError(f"--score {score}: is none of {', '.join(found['scores'])}")
     text = table(found)
-    (arguments.out / "paired.json").write_text(json.dumps(found, indent=1) + "\n")
-    (arguments.out / "paired.md").write_text(text + "\n")
+    name = "paired" if arguments.at is None else f"paired-at-{arguments.at}"
+    (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (arguments.out / f"{name}.md").write_text(text + "\n")
     curves = {
         f"{arm}, {words}": [curve(trial(arm, seed, arguments).folder, name) for seed in seeds]
         for arm in ARMS
         for name, words in ((score, "held out"), (f"train/{score}", "training images"))
         if name in found["scores"]
     }
-    learning_curves(curves, score, arguments.out / "paired.png")
+    learning_curves(curves, score, arguments.out / f"{name}.png")
     print(text)
-    print(f"\nwritten to {arguments.out}: paired.json, paired.md, paired.png")
+    print(f"\nwritten to {arguments.out}: {name}.json, {name}.md, {name}.png")
     return 0
 
 

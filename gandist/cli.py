@@ -182,7 +182,7 @@ def pack(
             shuffle=None if no_shuffle else shuffle or 0,
             splits=packing.shares(split) if split else (),
             ignore=None if ignore < 0 else ignore,
-            names=tuple(name.strip() for name in names.split(",")) if names else (),
+            names=_names(names),
             bad=bad,
         ),
         allow_pipe,
@@ -242,6 +242,16 @@ def _print_hint(dataset: Any) -> None:
     )
 
 
+def _names(text: str | None) -> tuple[str, ...]:
+    """NAME,… as it was given; raises InputError where a class has no name or two have one."""
+    found = tuple(name.strip() for name in text.split(",")) if text else ()
+    if "" in found:
+        raise InputError(f"--names {text}: class {found.index('')} has no name; name every class, from 0 on")
+    if twice := [name for name in found if found.count(name) > 1]:
+        raise InputError(f"--names {text}: two classes are called {twice[0]!r}; scores are told apart by name")
+    return found
+
+
 def _part(text: str) -> tuple[int, int]:
     number, slash, parts = text.partition("/")
     if not (slash and text.isascii() and number.isdigit() and parts.isdigit() and len(text) < 20):
@@ -286,7 +296,7 @@ def index(
             split=split,
             out=out,
             decode=decode,
-            names=tuple(name.strip() for name in names.split(",")) if names else (),
+            names=_names(names),
             ignore=None if ignore < 0 else ignore,
             progress=lambda done: bar.advance(task, done),
         )

@@ -162,6 +162,12 @@ class Run:
     def _open_folder(self, init_from: Path | None) -> int:
         """Takes the folder for this run; 1 where there is a checkpoint to go on from."""
         origin = checkpoint.find(init_from) if init_from is not None else None
+        wanted = self.game.sides(self.spec).keys()
+        if origin is not None and not wanted <= origin.state.players.keys():
+            raise InputError(
+                f"--init-from {origin.folder}: its players are {', '.join(origin.state.players)}, and this recipe's are {', '.join(wanted)}; name "
+                "a run of the same game"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             begun = (self.folder / "recipe.yaml").exists()
@@ -396,8 +402,12 @@ class Run:
         """Logs, samples and saves what is due; comes before the step, so that the last step needs no code of its own."""
         clock, options = self.clock, self.recipe.run
         self.bar.update(clock.images)
-        if clock.step == self.resumed_step:
-            return  # all this was done before the stop
+        if (
+            clock.step == self.resumed_step
+        ):  # all this was done before the stop, but for scores, which a stop does not wait for
+            if clock.step and (clock.done or (clock.passed(options.evaluate_images) and not last)):
+                self._make_up_scores()
+            return
         if clock.step and (last or clock.step % options.log_every == 0):
             self._write_row()
         if clock.passed(options.sample_images) or (clock.done and options.sample_images is not None):
@@ -406,6 +416,14 @@ class Run:
             self._save(last)
         due = clock.passed(options.evaluate_images) and not (last and not clock.done)  # who stops us will not wait
         if clock.step and (due or (clock.done and self.evaluator is not None)):
+            self._evaluate()
+
+    def _make_up_scores(self) -> None:
+        """Scores what was due when the run was stopped, where that was not done."""
+        if self.evaluator is None:
+            return
+        files = f"images_{self.clock.images:09d}_*.json"
+        if not self.world.lead(lambda: int(any((self.folder / "evaluations").glob(files)))):
             self._evaluate()
 
     def _write_row(self) -> None:

@@ -34,6 +34,8 @@ class InferenceOptions(Section):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> InferenceOptions:
+        if self.window is not None and min(self.window) < 16:
+            raise ValueError(f"`window` {list(self.window)}: must be 16 pixels or more a side")
         if self.window is None and self.overlap != 0.5:
             raise ValueError("`overlap` has no effect without `window`; leave it out")
         if len({*self.scales}) < len(self.scales):
@@ -113,7 +115,7 @@ def as_seen(pixels: Pixels, transform: TransformOptions) -> Tensor:
     """(C, h, w) of an image (H, W, C) of any size as it looked in training, whole: its size and its values, and nothing random."""
     still = transform.model_copy(update={"pad": 0, "crop": None, "crop_at": "random", "flip": False, "canvas": None})
     seen = Moves.draw(still, np.zeros(1, np.uint64), 0, "whole").apply(still, 0, pixels)
-    return values(still, torch.from_numpy(np.ascontiguousarray(seen)).permute(2, 0, 1)[None])[0]
+    return values(still, torch.from_numpy(np.array(seen, order="C")).permute(2, 0, 1)[None])[0]
 
 
 def answered(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -420,7 +421,7 @@ def test_an_image_that_is_larger_than_the_canvas_is_named(
     path = recipe_of(tmp_path, scenes)
     failed = gandist("train", path, "data.transform.canvas=[64, 48]")
     assert failed.code == 1
-    assert "larger than `data.transform.canvas` [64, 48]" in failed.err
+    assert "`data.transform.canvas` has 48×64" in failed.err
 
 
 class _Rows:
@@ -916,6 +917,7 @@ def test_the_paired_report_is_of_its_runs_and_goes_on(scenes: Path, tmp_path: Pa
             ROOT / "benchmarks" / "paired.py",
             path,
             "run.images=32",
+            "run.evaluate_images=16",
             *more,
             "--jobs",
             2,
@@ -952,3 +954,95 @@ def test_the_paired_report_is_of_its_runs_and_goes_on(scenes: Path, tmp_path: Pa
         failed = report("--seeds", 1, *wrong)
         assert failed.returncode == 2
         assert why in failed.stderr
+    other = report("--seeds", 1, "game.adversarial.weight=5")
+    assert other.returncode == 2
+    assert "was trained with another `game.adversarial`; name another folder" in other.stderr
+    early = report("--seeds", 2, "--at", 16)
+    assert early.returncode == 0, early.stderr
+    assert "after 16 images" in early.stdout
+    assert json.loads((tmp_path / "paired" / "paired-at-16.json").read_text())["at_images"] == 16
+    for more, why in (
+        (["--seeds", 2, "--at", 17], "it has some at 16, 32"),
+        (["--seeds", 3, "--at", 16], "no run to read"),
+    ):
+        failed = report(*more)
+        assert failed.returncode == 1
+        assert why in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def scores_of(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["images"] for line in lines if "score/mean_iou" in line]
+
+
+def test_scores_that_a_stop_did_not_wait_for_are_made_up_once(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    words = ("train", recipe_of(tmp_path, scenes))
+    run = tmp_path / "run"
+    assert gandist(*words, "run.images=16", "run.evaluate_images=null").code == 0  # as if it had been killed there
+    assert scores_of(run) == []
+    assert gandist(*words, "run.images=32", "run.evaluate_images=16").code == 0
+    assert scores_of(run) == [16, 32]
+    for file in (run / "evaluations").glob("images_000000032*"):
+        file.unlink()
+    for expected in ([16, 32, 32], [16, 32, 32]):
+        assert gandist(*words, "run.images=32", "run.evaluate_images=16").code == 0
+        assert scores_of(run) == expected
+
+
+def test_masks_and_counts_beyond_the_classes_of_the_dataset_are_told(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    shutil.copytree(scenes, tmp_path / "lie")
+    written = json.loads((scenes / "dataset.json").read_text())
+    words = ("train", recipe_of(tmp_path, tmp_path / "lie"), "run.evaluate_images=null")
+    (tmp_path / "lie" / "dataset.json").write_text(
+        json.dumps(written | {"mask": written["mask"] | {"classes": 2, "names": []}})
+    )
+    failed = gandist(*words)
+    assert failed.code == 2
+    assert "counts pixels of 11 classes, and masks have 2" in failed.err
+    (tmp_path / "lie" / "dataset.json").write_text(
+        json.dumps(written | {"mask": written["mask"] | {"classes": 2, "names": []}, "counts": {}})
+    )
+    failed = gandist(*words, f"run.folder={tmp_path / 'other'}")
+    assert failed.code == 1
+    assert re.search(r"has a mask with the value \d+, and there are 2 classes", failed.err)
+    assert "Traceback" not in failed.err
+
+
+def test_names_are_refused_before_anything_is_packed_and_a_wrong_number_of_them_costs_no_shard(
+    tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    source, out = scenes_on_disk(tmp_path / "source", 6), tmp_path / "out"
+    for names, why in (("a,a,c", "two classes are called 'a'"), ("a,,c", "class 1 has no name")):
+        refused = gandist("pack", source, out, "--names", names)
+        assert refused.code == 2
+        assert why in refused.err
+        assert not out.exists()
+    refused = gandist("pack", source, out, "--names", "a,b")
+    assert refused.code == 2
+    shard = next(out.glob("*.tar"))
+    before = shard.stat().st_mtime_ns
+    count = re.search(r"2 names for (\d+) classes", refused.err)
+    assert count, refused.err
+    names = ",".join(f"c{number}" for number in range(int(count[1])))
+    assert gandist("pack", source, out, "--names", names).code == 0
+    assert shard.stat().st_mtime_ns == before
+
+
+def test_masks_without_their_images_and_the_run_of_another_game_are_refused(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result], fashion: Path, recipe: Callable[..., Path]
+) -> None:
+    source = scenes_on_disk(tmp_path / "source", 4)
+    shutil.rmtree(source / "images")
+    refused = gandist("pack", source, tmp_path / "out")
+    assert refused.code == 2
+    assert "4 masks, and no images" in refused.err
+    assert gandist("train", recipe("gan", images=16)).code == 0
+    refused = gandist("train", recipe_of(tmp_path, scenes), "--init-from", tmp_path / "gan")
+    assert refused.code == 2
+    assert "its players are generator, discriminator, and this recipe's are segmenter, adversary" in refused.err
+    assert not (tmp_path / "run").exists()

@@ -165,6 +165,17 @@ class Manifest(Section):
         return self
 
     @model_validator(mode="after")
+    def _counts_are_of_its_classes(self) -> Manifest:
+        for split, counts in self.counts.items():
+            for found in (counts.mask_pixels, counts.mask_present):
+                if found and (self.mask is None or len(found) != self.mask.classes):
+                    classes = self.mask.classes if self.mask is not None else 0
+                    raise ValueError(
+                        f"the split {split} counts pixels of {len(found)} classes, and masks have {classes}"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _holds_something(self) -> Manifest:
         if self.image is None and self.signal is None:
             raise ValueError("neither images nor signals")

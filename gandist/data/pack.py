@@ -346,6 +346,15 @@ def _written(packing: Packing, job: Job) -> Contents | None:
     return contents if sizes_fit else None
 
 
+def _nameless(plan: bytes) -> object:
+    """A plan without the names of classes, on which no shard depends; as it is where it is none."""
+    try:
+        found = json.loads(plan)
+    except ValueError:
+        return plan
+    return {key: value for key, value in found.items() if key != "names"} if isinstance(found, dict) else plan
+
+
 def _begin(packing: Packing, record: Record) -> None:
     """Makes the folder and notes what is packed into it; raises InputError where something else is."""
     out = packing.out
@@ -363,7 +372,7 @@ def _begin(packing: Packing, record: Record) -> None:
     plan = json.dumps(record, indent=1).encode()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if (out / PLAN).exists() and (out / PLAN).read_bytes() != plan:
+        if (out / PLAN).exists() and _nameless((out / PLAN).read_bytes()) != _nameless(plan):
             raise InputError(
                 f"{out}: another packing has begun there ({PLAN} tells which); choose another folder or delete that one"
             )

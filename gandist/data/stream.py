@@ -576,6 +576,13 @@ class Stream:
                 mask = drawn.apply(view.transform, row, mask, mask=True)
             if mask.shape != (tuple(arrays["extent"][row]) if "extent" in arrays else arrays["mask"].shape[1:]):
                 raise ValueError(f"has a mask of {mask.shape[1]}×{mask.shape[0]} pixels for another image")
+            assert self.spec.mask is not None
+            classes, ignore = self.spec.mask.classes, self.spec.mask.ignore
+            if (
+                int(mask.max(initial=0)) >= classes
+                and (strange := mask[(mask >= classes) & (mask != (ignore or 0))]).size
+            ):
+                raise ValueError(f"has a mask with the value {strange[0]}, and there are {classes} classes")
             laid(mask, arrays["mask"][row], 0)
         if "label" in members:
             label = label_number(members["label"][1])

@@ -86,7 +86,8 @@ def refuse_larger(canvas: tuple[int, int], height: int, width: int) -> None:
     """Raises ValueError where an image does not fit on the canvas."""
     if height > canvas[0] or width > canvas[1]:
         raise ValueError(
-            f"an image is {width}×{height}, larger than `data.transform.canvas` {list(canvas)} (height, width); enlarge it, or set `size` as well"
+            f"an image is {width}×{height} pixels, and `data.transform.canvas` has {canvas[1]}×{canvas[0]}; enlarge that or set a smaller `size` (in a run "
+            "that was begun, with run.folder=NEW --init-from RUN)"
         )
 
 

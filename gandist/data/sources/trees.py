@@ -306,6 +306,10 @@ def _paired(tree: Tree, files: list[str], root: str) -> dict[str, Split] | None:
             doubled.append(name)
         found[_ROLES[folder.lower()]][key] = called, name
     images, masks = found["image"], found["mask"]
+    if masks and not images and not others:
+        raise InputError(
+            f"{tree.where}: {len(masks)} masks, and no images; put them into a folder images beside that of the masks"
+        )
     if not images or not masks:
         return None
     for role in ("image", "mask"):
