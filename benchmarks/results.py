@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -79,17 +80,39 @@ def paired_row(name: str, found: Found) -> list[str]:
     ]
 
 
+def checkpoint_row(name: str, found: Found) -> list[str]:
+    """One line of the table of checkpoints."""
+
+    def milliseconds(part: str) -> str:
+        return f"{1000 * median(found['seconds'][part]):,.0f} ({found['ratios_to_bare'][part]:.1f}×)"
+
+    return [
+        f"[{name}](results/{name}.json)",
+        machine(found),
+        f"{found['setting']['network']}, width {found['setting']['width']}",
+        f"{found['bytes'] / 2**20:.0f}",
+        milliseconds("save"),
+        milliseconds("restore"),
+    ]
+
+
 HEADS = {
     "step": [
         "file", "machine", "networks", "precision", "plain loop, images/s", "gandist, images/s", "ratio (quartiles)", "of a matrix product",
     ],
+    "checkpoint": ["file", "machine", "players", "MiB", "save, ms (of bare)", "restore, ms (of bare)"],
     "paired": ["file", "machine", "recipe", "score", "without", "with", "difference", "95 % interval"],
 }  # fmt: skip
 TITLES = {
+    "checkpoint": "Checkpoints: checked, synced, read again and compared; against bare safetensors of the same tensors",
     "step": "Steps: the full trainer against a plain fp32 loop of the same networks, in turns",
     "paired": "Pairs: the same runs with and without one part",
 }
-ROWS: dict[str, Callable[[str, Found], list[str]]] = {"step": step_row, "paired": paired_row}
+ROWS: dict[str, Callable[[str, Found], list[str]]] = {
+    "step": step_row,
+    "paired": paired_row,
+    "checkpoint": checkpoint_row,
+}
 
 
 def written(folder: Path) -> str:
@@ -102,7 +125,7 @@ def written(folder: Path) -> str:
     ]
     for kind, row in ROWS.items():
         rows = [row(name, one) for name, one in found.items() if one["benchmark"] == kind]
-        lines += ["", f"## {TITLES[kind]}", "", *table(HEADS[kind], rows, 4)]
+        lines += ["", f"## {TITLES[kind]}", "", *table(HEADS[kind], rows, 3 if kind == "checkpoint" else 4)]
     others = [name for name, one in found.items() if one["benchmark"] not in ROWS]
     lines += ["", "## Other files", "", *(f"* [{name}](results/{name}.json)" for name in others)]
     return "\n".join(lines) + "\n"
