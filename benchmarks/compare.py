@@ -4,7 +4,8 @@
 
 What is compared is the ratio to the plain loop of the same run, since the machine's own pace falls on both alike. It fell where the better
 quarter of the new rounds is below the worse quarter of the old ones by more than the margin. Exit codes: 0 it did not fall, 1 it fell, 2 the two
-cannot be compared: another benchmark, setting, precision or kind of machine.
+cannot be compared: another benchmark, setting, precision or kind of machine, or one that was busy with other work, which costs threads that wait
+for each other more than it takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from trials import Help, finish
 
 from gandist.recipe import InputError
 
+BUSY = 0.1
 SAME = ("benchmark", "game", "precision", "graphs")
 SAME_SETTING = ("network", "layers", "size", "width", "batch")  # rounds and steps are how long it was measured
 
@@ -54,6 +56,10 @@ def compare(old: dict[str, Any], new: dict[str, Any], margin: float) -> tuple[bo
     """Whether the ratio fell, and a sentence; raises InputError where the two cannot be compared."""
     if different := differences(old, new):
         raise InputError(f"cannot be compared: {'; '.join(different)}; measure both on one kind of machine")
+    if (others := new["machine"].get("busy_with_others", 0.0)) > BUSY:
+        raise InputError(
+            f"cannot be compared: {others:.0%} of what the cores did was other work; measure again on a quiet machine"
+        )
     floor = old["ratio_quartiles"][0] * (1 - margin)
     best = new["ratio_quartiles"][1]
     fell = best < floor

@@ -37,8 +37,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -405,6 +406,25 @@ def quartiles(others: list[float], ours: list[float]) -> tuple[float, float, flo
     return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
 
 
+class Busy(NamedTuple):
+    """Seconds of all cores that were not idle, what the hypervisor took included, and those of this process."""
+
+    cores: float
+    process: float
+
+    def share_of_this_process(self, later: Busy) -> float:
+        """Of what the cores did meanwhile."""
+        return min(1.0, (later.process - self.process) / max(1e-9, later.cores - self.cores))
+
+
+def busy() -> Busy:
+    """Until now."""
+    spent = psutil.cpu_times()
+    idle = spent.idle + getattr(spent, "iowait", 0.0)
+    counted = sum(spent) - getattr(spent, "guest", 0.0) - getattr(spent, "guest_nice", 0.0)
+    return Busy(counted - idle, time.process_time())
+
+
 def flops(act: Callable[[], object], batch: int) -> float:
     """Floating-point operations of products and convolutions in one step, by image."""
     with FlopCounterMode(display=False) as counter:
@@ -482,9 +502,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         timings |= {name: [] for name in contestants}
         for act in contestants.values():
             seconds(act, 8, world.device)  # first steps choose kernels, fill pools and record graphs
+        began = busy()
         for _ in range(arguments.rounds):
             for name, act in contestants.items():
                 timings[name].append(seconds(act, arguments.steps, world.device))
+        others = 1 - began.share_of_this_process(busy())
         waited = run.stream.waited
         memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resident_bytes()
         # Operations within a graph cannot be counted: those of the step as it is written are the same.
@@ -513,6 +535,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "busy_with_others": others,
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
         "versions": versions(),

@@ -60,6 +60,7 @@ def test_the_margin_is_what_it_is_told(tmp_path: Path) -> None:
         ({"precision": "fp32"}, "precision 'bf16' and 'fp32'"),
         ({"machine": {"device": "AMD EPYC"}}, "device 'Intel(R) Xeon(R) Processor' and 'AMD EPYC'"),
         ({"setting": {"batch": 1}}, "batch 64 and 1"),
+        ({"machine": {"busy_with_others": 0.3}}, "30% of what the cores did was other work"),
         ({"benchmark": "data"}, "benchmark 'step' and 'data'"),
     ],
 )
