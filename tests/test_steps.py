@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import open_stream, packed, scenes_on_disk, tensor_files
@@ -368,7 +367,8 @@ def test_what_changes_when_it_is_met_again_or_is_too_much_is_not_kept(fashion: P
         stream.close()
     stream = open_stream(fashion, batch=16, workers=0, transform={"crop": 20, "crop_at": "centre"})
     assert stream.views[0].kept is not None
-    assert not np.any(stream.views[0].kept._has)
+    assert not stream.views[0].kept.complete
+    assert (stream.views[0].kept._slots < 0).all()
     stream.close()
 
 
