@@ -19,22 +19,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from step import processor, report
+from step import RECIPES, processor, report
 
 from gandist import checkpoint
 from gandist.check import read_recipe
 from gandist.data.opening import data_spec
 from gandist.data.pack import Options, Packing, pack
 from gandist.run import make_players, versions
-
-RECIPE = """\
-data: {{path: {data}}}
-game:
-  kind: gan
-  generator: {{network: {{kind: dcgan, width: {width}}}}}
-  discriminator: {{network: {{kind: dcgan, width: {width}}}}}
-run: {{folder: {folder}, images: 1_000_000, batch: 64}}
-"""
 
 
 def timed(act: Callable[[], object]) -> float:
@@ -57,7 +48,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds, as the JSON that is written."""
     pack(Packing("embedded:fashion-mnist", folder / "data", Options(size=64)))
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(data=folder / "data", folder=folder / "run", width=arguments.width))
+    values = {"data": folder / "data", "folder": folder / "run", "width": arguments.width}
+    path.write_text(RECIPES["gan"].format(batch=64, precision="fp32", **values))
     recipe = read_recipe(path, [])
     spec, device = data_spec(recipe.data), torch.device("cpu")
     players = make_players(recipe, spec, device, "fp32")

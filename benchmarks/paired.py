@@ -62,11 +62,14 @@ def record(folder: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise Failure(f"{folder}: no run to read: {error.strerror}; the same command without --at trains it") from None
     found = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line))
         except ValueError:
-            continue
+            if number < len(lines):
+                raise Failure(
+                    f"{folder / 'log.jsonl'}: line {number} is damaged; restore it, or delete the line"
+                ) from None
     return found
 
 

@@ -23,13 +23,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from step import processor, report, wait
+from step import RECIPES, one_step, processor, report, wait
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,14 +40,6 @@ from gandist.launcher import Stop, World
 from gandist.run import running, versions
 from gandist.steps import Stepper
 
-RECIPE = """\
-data: {{path: {data}}}
-game:
-  kind: gan
-  generator: {{network: {{kind: dcgan, width: {width}}}}}
-  discriminator: {{network: {{kind: dcgan, width: {width}}}}}
-run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 10}}
-"""
 SIZES = [2**12, 2**16, 2**20, 2**22, 2**24]  # bytes of the all-reduces that the network is fitted to
 MANY = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -87,11 +80,7 @@ def work(arguments: argparse.Namespace) -> None:
         for one in wrapped:
             one.register_comm_hook(None, lambda state, bucket: counter.hook(state, bucket))  # torch reads annotations
 
-        def trainer() -> None:
-            stop.agreed(bool(run.data_faults()))
-            run.upkeep(last=False)
-            step()
-            run.clock.advance()
+        trainer = partial(one_step, run, stop, step)
 
         def local() -> None:
             with ExitStack() as stack:
@@ -155,7 +144,7 @@ def start(arguments: argparse.Namespace, folder: Path, processes: int, weak: boo
         "width": arguments.width,
         "precision": arguments.precision,
     }
-    path.write_text(RECIPE.format(batch=arguments.batch * (processes if weak else 1), **values))
+    path.write_text(RECIPES["gan"].format(batch=arguments.batch * (processes if weak else 1), **values))
     given = ["--worker", path, "--answer", answer, "--rounds", arguments.rounds, "--steps", arguments.steps]
     words = [
         sys.executable,
