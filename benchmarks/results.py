@@ -96,20 +96,47 @@ def checkpoint_row(name: str, found: Found) -> list[str]:
     ]
 
 
+def scale_row(name: str, found: Found) -> list[str]:
+    """One line of the table of processes: the most of them that were run."""
+    setting = found["setting"]
+    gpu = found["machine"]["device"].startswith("NVIDIA")
+
+    def efficiency(kind: str) -> str:
+        one, most = found[kind]["1"], max(found[kind].values(), key=lambda count: count["ranks"])
+        ideal = one["images_per_second"] * (most["ranks"] if gpu else 1)  # cores are shared by all processes
+        return f"{one['images_per_second']:,.0f} → {most['images_per_second']:,.0f} ({most['images_per_second'] / ideal:.1%})"
+
+    most = max(found["weak"].values(), key=lambda count: count["ranks"])
+    return [
+        f"[{name}](results/{name}.json)",
+        machine(found),
+        f"{setting['network']}, {setting['size']} px, batch {setting['batch']}, {most['precision']}",
+        f"1 → {most['ranks']}",
+        efficiency("weak"),
+        efficiency("strong"),
+        f"{most['bytes_per_step'] / most['weights_bytes']:.3f}",
+    ]
+
+
 HEADS = {
     "step": [
         "file", "machine", "networks", "precision", "plain loop, images/s", "gandist, images/s", "ratio (quartiles)", "of a matrix product",
     ],
     "checkpoint": ["file", "machine", "players", "MiB", "save, ms (of bare)", "restore, ms (of bare)"],
+    "scale": [
+        "file", "machine", "networks", "processes", "batch for each, images/s (efficiency)", "batch for all, images/s (efficiency)", "bytes reduced, of the weights",
+    ],
     "paired": ["file", "machine", "recipe", "score", "without", "with", "difference", "95 % interval"],
 }  # fmt: skip
 TITLES = {
     "checkpoint": "Checkpoints: checked, synced, read again and compared; against bare safetensors of the same tensors",
     "step": "Steps: the full trainer against a plain fp32 loop of the same networks, in turns",
+    "scale": "Processes: one that has all cores against several that share them",
     "paired": "Pairs: the same runs with and without one part",
 }
 ROWS: dict[str, Callable[[str, Found], list[str]]] = {
     "step": step_row,
+    "scale": scale_row,
     "paired": paired_row,
     "checkpoint": checkpoint_row,
 }
@@ -125,7 +152,7 @@ def written(folder: Path) -> str:
     ]
     for kind, row in ROWS.items():
         rows = [row(name, one) for name, one in found.items() if one["benchmark"] == kind]
-        lines += ["", f"## {TITLES[kind]}", "", *table(HEADS[kind], rows, 3 if kind == "checkpoint" else 4)]
+        lines += ["", f"## {TITLES[kind]}", "", *table(HEADS[kind], rows, 3 if kind in ("checkpoint", "scale") else 4)]
     others = [name for name, one in found.items() if one["benchmark"] not in ROWS]
     lines += ["", "## Other files", "", *(f"* [{name}](results/{name}.json)" for name in others)]
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, dcgan, mlp, r3gan, resnet, signal
 from gandist.networks.heads import Head, MinibatchDiscrimination, MinibatchOptions, normalise_spectra
-from gandist.networks.resampling import Crop, DoubleSmoothly, halve
+from gandist.networks.resampling import Crop, DoubleSmoothly, by_axes, halve
 
 FAMILIES: dict[str, Any] = {"dcgan": dcgan, "mlp": mlp, "r3gan": r3gan, "resnet": resnet, "signal": signal}
 SMALL = {"dcgan": {"width": 4}, "mlp": {"width": 8}, "r3gan": {"width": 8, "group_size": 2}, "resnet": {"width": 4}, "signal": {"width": 4}}  # fmt: skip
@@ -464,10 +465,21 @@ def test_r3gan_has_the_channels_and_groups_of_the_paper() -> None:
         assert found[::order] == expected
 
 
-def test_doubling_smoothly_is_bilinear_interpolation() -> None:
-    image = torch.randn(2, 3, 5, 7)
+@pytest.mark.parametrize("double", [DoubleSmoothly(), by_axes], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_doubling_smoothly_is_bilinear_interpolation(
+    double: Callable[[Tensor], Tensor], layout: torch.memory_format
+) -> None:
+    image = torch.randn(2, 3, 5, 7, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    beside = torch.randn(2, 2, 10, 14, dtype=torch.float64)
+    weights = torch.randn(2, 5, 10, 14, dtype=torch.float64)  # the gradient that comes back is a slice
     expected = F.interpolate(image, scale_factor=2, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(DoubleSmoothly()(image), expected)
+    found = double(image)
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad((torch.cat([beside, values], 1) * weights).sum(), image)[0] for values in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_halving_is_the_mean_of_the_pixels_that_are_there() -> None:

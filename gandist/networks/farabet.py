@@ -40,11 +40,27 @@ def pyramid(images: Tensor) -> list[Tensor]:
     return [*levels, images]
 
 
+def _around(images: Tensor, axis: int) -> Tensor:
+    """The sum of each pixel's neighbours along an axis, as far as there are pixels: sums of 1, 2, 4 and 8 of them, and the last two of each put together."""
+    side = images.shape[axis]
+    padding = [0] * (2 * (images.ndim - axis))
+    padding[-2:] = [NEIGHBOURHOOD // 2, NEIGHBOURHOOD // 2]
+    one = F.pad(images, padding)
+    two = one.narrow(axis, 0, side + 13) + one.narrow(axis, 1, side + 13)
+    four = two.narrow(axis, 0, side + 11) + two.narrow(axis, 2, side + 11)
+    eight = four.narrow(axis, 0, side) + four.narrow(axis, 4, side)
+    seven = four.narrow(axis, 8, side) + two.narrow(axis, 12, side)
+    return eight + (seven + one.narrow(axis, 14, side))
+
+
 def _mean_around(images: Tensor) -> Tensor:
     """Of the neighbourhood of each pixel, as far as there are pixels."""
-    side = NEIGHBOURHOOD // 2
-    rows = F.avg_pool2d(images, (NEIGHBOURHOOD, 1), 1, (side, 0), count_include_pad=False)
-    return F.avg_pool2d(rows, (1, NEIGHBOURHOOD), 1, (0, side), count_include_pad=False)
+    rows, columns = (
+        (place + NEIGHBOURHOOD // 2 + 1).clamp(max=side) - (place - NEIGHBOURHOOD // 2).clamp(min=0)
+        for side in images.shape[2:]
+        for place in [torch.arange(side, device=images.device)]
+    )
+    return _around(_around(images, 2), 3) / (rows[:, None] * columns)
 
 
 def standardised(images: Tensor) -> Tensor:

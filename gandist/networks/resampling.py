@@ -46,15 +46,31 @@ def _between(image: Tensor, axis: int) -> Tensor:
     return torch.stack([image.lerp(before, 0.25), image.lerp(after, 0.25)], axis + 1).flatten(axis, axis + 1)
 
 
+def by_axes(image: Tensor) -> Tensor:
+    """Bilinear interpolation to twice the size as sums in a fixed order, and so its gradient."""
+    return _between(_between(image.permute(0, 2, 3, 1), 1), 2).permute(0, 3, 1, 2)
+
+
+def _by_pixel(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
+
+
 class DoubleSmoothly(nn.Module):
     """Bilinear interpolation to twice the size.
 
-    Written out, axis by axis, channels last: on CUDA the backward of torch's own adds up in no fixed order, and that of means with padding, which give the
-    same, is wrong where channels lie last (PyTorch's issue 188344): gradients come back half a pixel off.
+    On a GPU written out, axis by axis, channels last: there the backward of torch's own adds up in no fixed order, and that of means with padding,
+    which give the same, is wrong where channels lie last (PyTorch's issue 188344): gradients come back half a pixel off. On a CPU torch's own adds in
+    order, and takes a seventh of the time.
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        return _between(_between(image.permute(0, 2, 3, 1), 1), 2).permute(0, 3, 1, 2)
+        if image.device.type == "cuda":
+            return by_axes(image)
+        with uncast(image):
+            doubled = F.interpolate(image, scale_factor=2, mode="bilinear", align_corners=False)
+        if doubled.requires_grad:  # of the slice of a concatenation it would be computed five times as slowly
+            doubled.register_hook(_by_pixel)
+        return doubled
 
 
 class Crop(nn.Module):
