@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reporting import Plot, report
 from safetensors.torch import load_file, save_file
-from step import RECIPES, processor, report
+from step import RECIPES, processor
 
 from gandist import checkpoint
 from gandist.check import read_recipe
@@ -49,7 +50,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pack(Packing("embedded:fashion-mnist", folder / "data", Options(size=64)))
     path = folder / "recipe.yaml"
     values = {"data": folder / "data", "folder": folder / "run", "width": arguments.width}
-    path.write_text(RECIPES["gan"].format(batch=64, precision="fp32", **values))
+    path.write_text(RECIPES["gan"].format(network="dcgan", batch=64, precision="fp32", **values))
     recipe = read_recipe(path, [])
     spec, device = data_spec(recipe.data), torch.device("cpu")
     players = make_players(recipe, spec, device, "fp32")
@@ -122,6 +123,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{ratios} as long as bare safetensors"])
 
 
+def plotted(result: dict[str, Any]) -> Plot:
+    """Seconds of each act."""
+    return Plot("ms", {name: [1000 * one for one in taken] for name, taken in result["seconds"].items()})
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,7 +138,7 @@ def main() -> None:
     for name in ("width", "rounds"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)}: must be 1 or more")
-    report(measure, table, arguments)
+    report(measure, table, plotted, arguments)
 
 
 if __name__ == "__main__":

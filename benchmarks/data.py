@@ -31,7 +31,8 @@ import torch
 import webdataset
 import xxhash
 from PIL import Image
-from step import processor, report
+from reporting import Plot, report
+from step import processor
 
 from gandist.check import read_recipe
 from gandist.data.contents import examine
@@ -425,6 +426,16 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
+def plotted(result: dict[str, Any]) -> Plot:
+    """The pace of each pipeline."""
+    found = {
+        f"{shards}: {name}": [pace]
+        for shards, row in result["pipelines"].items()
+        for name, pace in row["images_per_second"].items()
+    }
+    return Plot("images/s", found)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -433,7 +444,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of the DCGAN")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    report(measure, table, arguments)
+    report(measure, table, plotted, arguments)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from step import RECIPES, one_step, processor, report, wait
+from reporting import Plot, report
+from step import RECIPES, one_step, processor, wait
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -144,7 +145,9 @@ def start(arguments: argparse.Namespace, folder: Path, processes: int, weak: boo
         "width": arguments.width,
         "precision": arguments.precision,
     }
-    path.write_text(RECIPES["gan"].format(batch=arguments.batch * (processes if weak else 1), **values))
+    path.write_text(
+        RECIPES["gan"].format(network="dcgan", batch=arguments.batch * (processes if weak else 1), **values)
+    )
     given = ["--worker", path, "--answer", answer, "--rounds", arguments.rounds, "--steps", arguments.steps]
     words = [
         sys.executable,
@@ -255,6 +258,17 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plotted(result: dict[str, Any]) -> Plot:
+    """The speed of each number of processes."""
+    batch = result["setting"]["batch"]
+    found = {}
+    for kind, what in (("weak", f"batch {batch} of each"), ("strong", f"batch {batch} of all")):
+        for one in result[kind].values():
+            images = batch * (one["ranks"] if kind == "weak" else 1)
+            found[f"{one['ranks']} processes, {what}"] = [images / taken for taken in one["step_seconds"]]
+    return Plot("images/s", found)
+
+
 def numbers(text: str) -> list[int]:
     """1,2,4 as numbers."""
     found = [int(word) for word in text.split(",")]
@@ -291,7 +305,7 @@ def main() -> None:
             parser.error(f"--{name} {given}: must be more than 0")
     if any(arguments.batch % count for count in arguments.processes):
         parser.error(f"--batch {arguments.batch}: cannot be divided among {max(arguments.processes)} processes")
-    report(measure, table, arguments)
+    report(measure, table, plotted, arguments)
 
 
 if __name__ == "__main__":

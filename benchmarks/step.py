@@ -1,6 +1,6 @@
 """Images a second of the full trainer, with stream, log and EMA, against a plain PyTorch loop of the same networks.
 
-    python benchmarks/step.py [--game gan] [--size 64] [--batch 64] [--rounds 9] [--steps 4] [--json FILE]
+    python benchmarks/step.py [--game gan] [--network dcgan] [--size 64] [--batch 64] [--rounds 9] [--steps 4] [--json FILE]
     python benchmarks/step.py --game semi [--precision fp32] [--batch 100] [--rounds 9] [--steps 10] [--json FILE]
     python benchmarks/step.py --game segment [--size 160] [--batch 4] [--rounds 9] [--steps 2] [--json FILE]
 
@@ -26,11 +26,9 @@ the adversary, two forwards of it for true and made maps, its gradients computed
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,6 +39,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from loops import Plain, PlainDiscriminator, PlainGenerator, PlainSegment, PlainSemi, Tuned
+from reporting import Plot, report
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,8 +58,8 @@ RECIPES = {
 data: {{path: {data}}}
 game:
   kind: gan
-  generator: {{network: {{kind: dcgan, width: {width}}}}}
-  discriminator: {{network: {{kind: dcgan, width: {width}}}}}
+  generator: {{network: {{kind: {network}, width: {width}}}}}
+  discriminator: {{network: {{kind: {network}, width: {width}}}}}
 run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 10}}
 """,
     "semi": """\
@@ -311,7 +310,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     own = {"semi": ("layers",), "segment": ("size",), "gan": ("size", "width")}[arguments.game]
     names = (*own, "batch", "rounds", "steps")
     setting = {
-        "network": {"semi": "salimans_mlp", "segment": "farabet", "gan": "dcgan"}[arguments.game],
+        "network": {"semi": "salimans_mlp", "segment": "farabet", "gan": arguments.network}[arguments.game],
         **{name: getattr(arguments, name) for name in names},
     }
     return {
@@ -361,18 +360,10 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{result['precision']}: {result['precision_reason']}; graphs: {result['graphs']}"])
 
 
-def report(
-    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
-    table: Callable[[dict[str, Any]], str],
-    arguments: argparse.Namespace,
-) -> None:
-    """Measures in a folder of its own, prints the table, and writes the JSON where it was asked for."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(arguments, Path(folder))
-    print(table(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+def plotted(result: dict[str, Any]) -> Plot:
+    """The speed of each contestant."""
+    batch = result["setting"]["batch"]
+    return Plot("images/s", {name: [batch / one for one in taken] for name, taken in result["step_seconds"].items()})
 
 
 def main() -> None:
@@ -380,6 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--game", default="gan", choices=[*RECIPES])
     parser.add_argument("--layers", choices=["plain", "gandist"], help="of the plain loop of semi; plain unless given")
+    parser.add_argument("--network", choices=["dcgan", "resnet"], help="of gan; dcgan unless given")
     parser.add_argument("--size", type=int, help="of gan and segment: pixels of a side, 64 and 160 unless given")
     parser.add_argument("--width", type=int, help="of gan: channels of the networks next to the image, 64 unless given")
     parser.add_argument("--batch", type=int, help="64, of semi 100 and of segment 4, unless given")
@@ -395,12 +387,14 @@ def main() -> None:
         parser.error("--size and --width have no effect on the networks of semi")
     if arguments.game != "semi" and arguments.layers:
         parser.error(f"--layers has no effect on {arguments.game}")
+    if arguments.game != "gan" and arguments.network:
+        parser.error(f"--network has no effect on {arguments.game}")
     if arguments.game == "segment" and arguments.width:
         parser.error("--width has no effect on the networks of segment")
     arguments.size, arguments.width = arguments.size or SIZE[arguments.game], arguments.width or 64
-    arguments.layers = arguments.layers or "plain"
+    arguments.layers, arguments.network = arguments.layers or "plain", arguments.network or "dcgan"
     arguments.batch = arguments.batch or BATCH[arguments.game]
-    report(measure, table, arguments)
+    report(measure, table, plotted, arguments)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class DoubleSmoothly(nn.Module):
         with uncast(image):
             doubled = F.interpolate(image, scale_factor=2, mode="bilinear", align_corners=False)
         if doubled.requires_grad:  # of the slice of a concatenation it would be computed five times as slowly
-            doubled.register_hook(_by_pixel)
+            doubled.register_hook(_by_pixel)  # type: ignore[no-untyped-call]
         return doubled
 
 
