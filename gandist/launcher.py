@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
+from gandist.cores import launched, share_cores
 from gandist.recipe import InputError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -139,6 +140,7 @@ class World:
                 f"`run.accumulate`: {accumulate} contradicts accelerate's gradient accumulation of {accumulation}"
             )
         _stop_when_the_launcher_dies()
+        share_cores()
         # Without `cpu=True` a machine without accelerator gets separate single processes, and nobody says so.
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
         count = accelerator.num_processes
@@ -249,10 +251,6 @@ class Stop:
 
 def _stop_when_the_launcher_dies() -> None:
     """Linux: a launcher that is killed takes its ranks along by SIGTERM, so that they save instead of living on alone."""
-    try:
-        line = " ".join(psutil.Process(os.getppid()).cmdline())
-    except psutil.Error:
-        return
-    if sys.platform == "linux" and ("accelerate" in line or "torchrun" in line or "torch.distributed" in line):
+    if sys.platform == "linux" and os.getppid() in [process.pid for process in launched()]:
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -122,6 +122,7 @@ class Run:
                 run_id=self.run_id,
                 ranks=world.ranks,
                 device=device_name(world.device),
+                threads=torch.get_num_threads(),
                 precision=world.precision,
                 **versions(),
             )

@@ -23,7 +23,7 @@ LAYERS = [
     {"games"},
     {"pictures", "plots"},
     {"evaluations"},
-    {"checkpoint", "log", "launcher"},
+    {"checkpoint", "log", "cores", "launcher"},
     {"inputs"},
     {"check", "run", "restored", "sample", "neighbours", "predict", "masks", "describe", "inspection", "export"},
     {"steps"},

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gandist import penalties
+from gandist.cores import cores, quota
 from gandist.player import Player, PlayerOptions
 from gandist.recipe import Failure
 
@@ -42,11 +43,13 @@ PLAIN = "import accelerate, os; os.write(1, b'size %d\\n' % accelerate.Accelerat
 OURS = "import os; from gandist.launcher import World; os.write(1, b'size %d\\n' % World.join('auto').ranks)"
 
 
-def _launch(script: str, tmp_path: Path, *options: str) -> str:
+def _launch(script: str, tmp_path: Path, *options: str, **variables: str) -> str:
     path = tmp_path / "script.py"
     path.write_text(script)
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, str(path)]
-    done = subprocess.run(words, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        words, env={**ENVIRONMENT, **variables}, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     return done.stdout + done.stderr
 
 
@@ -66,6 +69,45 @@ def test_accelerate_launch_cpu_with_two_processes_starts_one_and_gandist_says_so
     assert naive.count("size") == naive.count("size 1") == 1
     ours = _launch("from gandist.launcher import World; World.join('auto')", tmp_path, *options)
     assert "accelerate was told to start 2 processes, and 1 runs" in ours
+
+
+THREADS = "import os, torch; os.write(1, b'threads %d\\n' % torch.get_num_threads())"
+JOINED = "from gandist.launcher import World; World.join('auto'); " + THREADS
+
+
+@pytest.mark.skipif(cores() < 2, reason="one core is no more than the one thread that Accelerate gives")
+def test_accelerate_leaves_all_cores_but_one_idle_unless_the_user_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(ENVIRONMENT, "OMP_NUM_THREADS", raising=False)
+    options = ("--num_processes", "1", "--num_machines", "1")
+    assert "threads 1\n" in _launch(THREADS, tmp_path, *options)
+    assert f"threads {cores()}\n" in _launch(JOINED, tmp_path, *options)
+    assert "threads 1\n" in _launch(JOINED, tmp_path, *options, OMP_NUM_THREADS="1")
+    assert "threads 1\n" in _launch(JOINED, tmp_path, *options, "--num_cpu_threads_per_process", "1")
+    two = _launch(JOINED, tmp_path, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *options[2:])
+    assert two.count(f"threads {cores() // 2}\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "5000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.cfs_quota_us": "400000\n", "cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "what\n"}, None),
+        ({}, None),
+    ],
+)
+def test_the_cores_of_a_container_are_those_it_was_allowed(
+    tmp_path: Path, files: dict[str, str], found: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert quota((tmp_path / "cpu.max", tmp_path / "cpu.cfs_quota_us")) == found
 
 
 # ---- DistributedDataParallel
