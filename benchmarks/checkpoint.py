@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pack(Packing("embedded:fashion-mnist", folder / "data", Options(size=64)))
     path = folder / "recipe.yaml"
     values = {"data": folder / "data", "folder": folder / "run", "width": arguments.width}
-    path.write_text(RECIPES["gan"].format(network="dcgan", batch=64, precision="fp32", **values))
+    path.write_text(RECIPES["gan"].format(network="dcgan", compile="false", batch=64, precision="fp32", **values))
     recipe = read_recipe(path, [])
     spec, device = data_spec(recipe.data), torch.device("cpu")
     players = make_players(recipe, spec, device, "fp32")

@@ -146,7 +146,9 @@ def start(arguments: argparse.Namespace, folder: Path, processes: int, weak: boo
         "precision": arguments.precision,
     }
     path.write_text(
-        RECIPES["gan"].format(network="dcgan", batch=arguments.batch * (processes if weak else 1), **values)
+        RECIPES["gan"].format(
+            network="dcgan", compile="false", batch=arguments.batch * (processes if weak else 1), **values
+        )
     )
     given = ["--worker", path, "--answer", answer, "--rounds", arguments.rounds, "--steps", arguments.steps]
     words = [

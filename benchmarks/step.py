@@ -60,7 +60,7 @@ game:
   kind: gan
   generator: {{network: {{kind: {network}, width: {width}}}}}
   discriminator: {{network: {{kind: {network}, width: {width}}}}}
-run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 10}}
+run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, compile: {compile}, log_every: 10}}
 """,
     "semi": """\
 data: {{path: {data}, subset: {{per_class: 10, seed: 0}}}}
@@ -71,7 +71,7 @@ game:
     network: {{kind: salimans_mlp}}
     optimizer: {{learning_rate: 3e-3, eps_inside_root: true}}
     ema: {{half_life_images: 693_113, ramp_up: null, from_zero: true}}
-run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 100}}
+run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, compile: {compile}, log_every: 100}}
 """,
     "segment": """\
 data: {{path: {data}, transform: {{canvas: [{size}, {size}]}}}}
@@ -79,7 +79,7 @@ game:
   kind: segment
   segmenter: {{network: {{kind: farabet}}, optimizer: {{learning_rate: 1e-4}}, ema: {{}}}}
   adversary: {{network: {{kind: two_branch}}, optimizer: {{learning_rate: 1e-4}}}}
-run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, log_every: 10}}
+run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {precision}, compile: {compile}, log_every: 10}}
 """,
 }
 BATCH = {"gan": 64, "semi": 100, "segment": 4}
@@ -308,7 +308,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     speeds = {name: arguments.batch / statistics.median(values) for name, values in timings.items()}
     peaks = {name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})}
     own = {"semi": ("layers",), "segment": ("size",), "gan": ("size", "width")}[arguments.game]
-    names = (*own, "batch", "rounds", "steps")
+    names = (*own, "batch", "rounds", "steps", *(("compile",) if arguments.compile else ()))
     setting = {
         "network": {"semi": "salimans_mlp", "segment": "farabet", "gan": arguments.network}[arguments.game],
         **{name: getattr(arguments, name) for name in names},
@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="9 unless given")
     parser.add_argument("--steps", type=int, default=4, help="steps of each contestant in a round, 4 unless given")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    parser.add_argument("--compile", action="store_true", help="the networks of trainer and step by torch.compile")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     for name in ("rounds", "steps"):

@@ -102,6 +102,15 @@ def _spectral_norms(module: nn.Module) -> list[tuple[Tensor, nn.Module]]:
     ]
 
 
+def _compiled(module: nn.Module) -> nn.Module:
+    """By torch.compile, for shapes as they come, with the random numbers of the network as it is written.
+
+    Its caches on disk are pickles, so they stay off: each start compiles anew.
+    """
+    options: dict[str, Any] = {"fallback_random": True, "fx_graph_cache": False}
+    return cast(nn.Module, torch.compile(module, dynamic=False, options=options))
+
+
 class Player:
     """One network that learns. Called, it computes: with gradients of its weights in its own turn, frozen in others'.
 
@@ -119,6 +128,7 @@ class Player:
         device: torch.device,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         remembered: Remembered = Remembered(),  # noqa: B008 - an immutable tuple
+        compiled: bool = False,
     ) -> None:
         self.name, self.options, self.device = name, options, device
         self.module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -128,10 +138,12 @@ class Player:
         self.ema = copy.deepcopy(self.module).eval().requires_grad_(False) if options.ema else None
         self._begin_average()
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.compiled = compiled
+        self.computed = _compiled(self.module) if compiled else self.module
         self.wrapped = (
-            DistributedDataParallel(self.module, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
+            DistributedDataParallel(self.computed, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
             if self.ranks > 1
-            else self.module
+            else self.computed
         )
         self.parameters = list(self.module.parameters())
         self._statistics = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -164,12 +176,16 @@ class Player:
     def __call__(self, *inputs: Tensor | None) -> Any:
         # One autocast context a forward: its cache of cast weights would outlive the optimizer's step otherwise.
         with self.autocast():
-            return (self.wrapped if self.moving else self.module)(*inputs)
+            return (self.wrapped if self.moving else self.computed)(*inputs)
 
     def precise(self, *inputs: Tensor | None) -> Any:
-        """What `__call__` gives, computed in fp32 whatever the precision: a penalty squares gradients, which bf16 cannot hold."""
-        with torch.autocast(self.device.type, enabled=False):
-            return (self.wrapped if self.moving else self.module)(*inputs)
+        """What `__call__` gives, computed in fp32 whatever the precision: a penalty squares gradients, which bf16 cannot hold.
+
+        And as it is written: the backward of what was compiled has no backward of its own.
+        """
+        written = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with torch.autocast(self.device.type, enabled=False), written:
+            return (self.wrapped if self.moving else self.computed)(*inputs)
 
     def observe(self, **values: Tensor) -> None:
         """Notes numbers of this turn, by name, for the player's memory; the same names on every rank."""
@@ -416,9 +432,8 @@ class Turn:
         """Yields the micro-batches; all forwards and backwards but the last one's stay local."""
         for batch in batches:
             wrapped = self.player.wrapped
-            local = self.left > 1 and isinstance(wrapped, DistributedDataParallel)
             left = self.left
-            with wrapped.no_sync() if local else nullcontext():
+            with wrapped.no_sync() if left > 1 and isinstance(wrapped, DistributedDataParallel) else nullcontext():
                 yield batch
             assert self.left == left - 1, f"{self.player.name}: a micro-batch needs exactly one backward"
 

@@ -199,6 +199,7 @@ class RunOptions(Section):
     batch: Annotated[int, Field(ge=1, lt=2**31)]  # global: all processes and micro-batches together
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches of each process
+    compile: bool = False  # networks by torch.compile; another rounding
     graphs: Annotated[bool, Field(**harmless)] = True  # a GPU replays steps that it has recorded
     log_every: Annotated[int, Field(ge=1, **harmless)] = 50  # steps
     sample_images: Annotated[int | None, Field(ge=1, **harmless)] = None

@@ -48,8 +48,9 @@ def make_players(recipe: Recipe, spec: Spec, device: torch.device, precision: An
     for name, side in recipe.game.sides(spec).items():
         torch.manual_seed(derive(recipe.run.seed, f"weights/{name}"))
         players[name] = Player(
-            name, side.build(), side.options, device=device, precision=precision, remembered=side.remembered
-        )
+            name, side.build(), side.options, device=device, precision=precision, remembered=side.remembered,
+            compiled=recipe.run.compile,
+        )  # fmt: skip
     return players
 
 

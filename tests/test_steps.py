@@ -126,6 +126,29 @@ def said(record: list[dict[str, object]]) -> list[dict[str, object]]:
     return [row for row in record if row.get("event") == "graphs"]
 
 
+# ---- compiled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+def test_what_is_compiled_computes_what_is_written_and_goes_on_bit_by_bit(
+    written: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    paths = {name: written(GAN, name) for name in ("eager", "whole", "halves")}
+    short = ("run.images=192", "run.log_every=1")
+    _, eager = trained(paths["eager"], *short)
+    whole, compiled = trained(paths["whole"], *short, "run.compile=true")
+    lines = [[row for row in record if "event" not in row] for record in (eager, compiled)]
+    assert len(lines[0]) == len(lines[1]) == 6
+    for one, other in zip(*lines, strict=True):
+        same = one.keys() - {"seconds", "images_per_second", "data_wait_fraction", "memory_bytes"}
+        assert {key: other[key] for key in same} == pytest.approx({key: one[key] for key in same}, rel=2e-2, abs=1e-4)
+    trained(paths["halves"], "run.images=96", "run.log_every=1", "run.compile=true")
+    halves, _ = trained(paths["halves"], *short, "run.compile=true")
+    assert [name for name in whole if whole[name] != halves[name]] == []
+    assert {path.name for path in (tmp_path / "cache").iterdir()} & {"fxgraph", "aotautograd"} == set()  # pickles
+
+
 # ---- on a GPU
 
 

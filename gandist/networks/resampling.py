@@ -68,7 +68,9 @@ class DoubleSmoothly(nn.Module):
             return by_axes(image)
         with uncast(image):
             doubled = F.interpolate(image, scale_factor=2, mode="bilinear", align_corners=False)
-        if doubled.requires_grad:  # of the slice of a concatenation it would be computed five times as slowly
+        if (
+            doubled.requires_grad and not torch.compiler.is_compiling()
+        ):  # of the slice of a concatenation it would be computed five times as slowly
             doubled.register_hook(_by_pixel)  # type: ignore[no-untyped-call]
         return doubled
 
