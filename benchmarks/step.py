@@ -122,7 +122,7 @@ def parts_of_a_step(run: Run, stop: Stop, steps: int) -> dict[str, float]:
         clocked("agreement", stop.agreed, False)
         clocked("log", run.upkeep, False)
         turns: list[Turn] = []
-        for move in moves(run, run.phases):
+        for move in moves(run.clock, run.phases):
             batches = clocked("data to device", run.stream.read, move.draw)
             seed(run, move)
             name, player = move.phase.player, run.players[move.phase.player]

@@ -11,13 +11,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
+from gandist.constants import made_once
 from gandist.recipe import Section
 
 Shape = tuple[int, int, int]  # (C, H, W) of one image
@@ -273,17 +273,14 @@ def _about_identity(*terms: tuple[Tensor, Tensor]) -> Tensor:
     return _sum(identity, *(amount[:, None, None] * matrix for amount, matrix in terms))
 
 
-# Constants are written once and copied to a device once: while a graph is recorded, nothing can be.
-
-
-@cache
+@made_once
 def _raise(channels: int, device: torch.device) -> Tensor:
     matrix = torch.zeros(channels + 1, channels + 1)
     matrix[:channels, channels] = 1
     return matrix.to(device)
 
 
-@cache
+@made_once
 def _turn(device: torch.device) -> Tensor:
     matrix = torch.zeros(4, 4)
     for channel in range(3):
@@ -292,14 +289,14 @@ def _turn(device: torch.device) -> Tensor:
     return matrix.to(device)
 
 
-@cache
+@made_once
 def _colours(channels: int, device: torch.device) -> Tensor:
     matrix = torch.eye(channels + 1)
     matrix[channels, channels] = 0
     return matrix.to(device)
 
 
-@cache
+@made_once
 def _luma(channels: int, device: torch.device) -> Tensor:
     matrix = torch.zeros(channels + 1, channels + 1)
     matrix[:channels, :channels] = 1 / channels

@@ -348,12 +348,18 @@ def verify(
 
 
 @app.command()
-def describe(recipe: RecipeFile, overrides: Overrides = None, allow_pipe: AllowPipe = False) -> None:
+def describe(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    allow_pipe: AllowPipe = False,
+    world_size: Annotated[int, typer.Option(min=1, help="processes that share each batch")] = 1,
+) -> None:
     """Show the resolved recipe, the players, and what a run takes; nothing is trained."""
     from gandist.check import read_recipe
     from gandist.data.opening import data_spec
     from gandist.describe import data_in_words, sides
     from gandist.game import Clock
+    from gandist.memory import memory_in_words
 
     loaded = read_recipe(recipe, overrides or [], allow_pipe)
     spec = data_spec(loaded.data, allow_pipe)
@@ -372,10 +378,8 @@ def describe(recipe: RecipeFile, overrides: Overrides = None, allow_pipe: AllowP
             *rows,
             *(("data", text) for text in data_in_words(loaded, spec, steps)),
             ("steps", f"{steps:,} of {loaded.run.batch} images"),
-            (
-                "state",
-                f"{sum(p.state_bytes for p in players.values()) / 2**20:,.1f} MiB on each process, activations apart",
-            ),
+            ("state", f"{sum(p.state_bytes for p in players.values()) / 2**20:,.1f} MiB on each process"),
+            ("memory", memory_in_words(loaded, spec, world_size)),
         ]
     )
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
@@ -102,6 +103,20 @@ def _spectral_norms(module: nn.Module) -> list[tuple[Tensor, nn.Module]]:
     ]
 
 
+def _placed(module: nn.Module, device: torch.device) -> nn.Module:
+    """On the device, channels last; as it is where its tensors have no values (memory.py)."""
+    if any(isinstance(parameter, FakeTensor) for parameter in module.parameters()):
+        return module  # which torch cannot move
+    placed: nn.Module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The same with memory of its own. Tensors are cloned, which those without values can be too, and not copied by their bytes."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone()) for p in module.parameters()}
+    return copy.deepcopy(module, memo | {id(buffer): buffer.clone() for buffer in module.buffers()})
+
+
 def _compiled(module: nn.Module) -> nn.Module:
     """By torch.compile, for shapes as they come, with the random numbers of the network as it is written.
 
@@ -131,11 +146,11 @@ class Player:
         compiled: bool = False,
     ) -> None:
         self.name, self.options, self.device = name, options, device
-        self.module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = _placed(module, device)
         self.module.train()
         self.dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.ema = copy.deepcopy(self.module).eval().requires_grad_(False) if options.ema else None
+        self.ema = _twin(self.module).eval().requires_grad_(False) if options.ema else None
         self._begin_average()
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.compiled = compiled
@@ -342,7 +357,8 @@ class Player:
     def _average(self) -> None:
         if self.ema is None:
             return
-        averages, values = list(self.ema.parameters()), list(self.module.parameters())
+        averages: list[Tensor] = [*self.ema.parameters()]
+        values: list[Tensor] = [*self.module.parameters()]
         for average, value in zip(self.ema.buffers(), self.module.buffers(), strict=True):
             if value.is_floating_point():
                 averages.append(average)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gandist.data.stream import Batch
-from gandist.game import Phase, draws, unchanging
+from gandist.game import Clock, Phase, Players, draws, unchanging
 from gandist.player import Player, Turn, in_capture
 from gandist.run import Run
 from gandist.seeding import derive
@@ -46,12 +46,10 @@ class Move(NamedTuple):
     draw: int
 
 
-def moves(run: Run, phases: tuple[Phase, ...]) -> list[Move]:
+def moves(clock: Clock, phases: tuple[Phase, ...]) -> list[Move]:
     """What is played in this step, in order."""
-    numbered = enumerate(zip(phases, draws(phases, run.clock.step), strict=True))
-    return [
-        Move(place, phase, draw) for place, (phase, numbers) in numbered if phase.when(run.clock) for draw in numbers
-    ]
+    numbered = enumerate(zip(phases, draws(phases, clock.step), strict=True))
+    return [Move(place, phase, draw) for place, (phase, numbers) in numbered if phase.when(clock) for draw in numbers]
 
 
 def seed(run: Run, move: Move) -> None:
@@ -59,14 +57,13 @@ def seed(run: Run, move: Move) -> None:
     reseed(derive(run.recipe.run.seed, f"hidden/{move.place}", move.draw, run.world.rank), run.world.device)
 
 
-def play(run: Run, move: Move, batches: list[Batch]) -> tuple[Turn, list[dict[str, Tensor]]]:
+def play(players: Players, clock: Clock, move: Move, batches: list[Batch]) -> tuple[Turn, list[dict[str, Tensor]]]:
     """A player's turn, and what it measured of each micro-batch."""
     measured = []
-    share = run.clock.batch / move.phase.repeat
-    player = run.players[move.phase.player]
-    with player.turn(run.clock.images, share, run.recipe.run.accumulate, move.phase.hold) as turn:
+    share = clock.batch / move.phase.repeat
+    with players[move.phase.player].turn(clock.images, share, len(batches), move.phase.hold) as turn:
         for batch in turn.accumulate(batches):
-            loss, values = move.phase.loss(run.players, batch, run.clock)
+            loss, values = move.phase.loss(players, batch, clock)
             turn.backward(loss)
             measured.append(values)
     return turn, measured
@@ -77,7 +74,7 @@ def step(run: Run, todo: list[Move], read: Callable[[Move], list[Batch]]) -> Non
     turns = []
     for move in todo:
         seed(run, move)
-        turn, measured = play(run, move, read(move))
+        turn, measured = play(run.players, run.clock, move, read(move))
         for values in measured:
             run.meter.add(values)
         turns.append(turn)
@@ -88,7 +85,7 @@ def step(run: Run, todo: list[Move], read: Callable[[Move], list[Batch]]) -> Non
 
 def plain_step(run: Run) -> None:
     """One step of the clock as it is written."""
-    step(run, moves(run, run.phases), lambda move: run.stream.read(move.draw))
+    step(run, moves(run.clock, run.phases), lambda move: run.stream.read(move.draw))
 
 
 # ---- as graphs
@@ -217,7 +214,7 @@ class Stepper:
             plain_step(self.run)
             return
         phases = self.run.phases
-        todo = moves(self.run, phases)
+        todo = moves(self.run.clock, phases)
         first = draws(phases, self.run.clock.step)[0][0]
         regime = self._regime(self._key(todo, first))
         if not regime.recorded and regime.seen >= WARM_UP:
@@ -291,7 +288,7 @@ class Stepper:
             guarded = move if move.phase.regime is not unchanging else move._replace(phase=_unread(move.phase))
             seed(run, move)
             with self._recording(regime.sources.of(number)) as graph:
-                turn, measured = play(run, guarded, batches[move.draw])
+                turn, measured = play(run.players, run.clock, guarded, batches[move.draw])
                 sums = {name: torch.stack([v[name].detach().float() for v in measured]).sum(0) for name in measured[0]}
                 if turn.finished:
                     sums[f"grad_norm/{turn.player.name}"] = turn.norm.float() * len(measured)

@@ -112,7 +112,7 @@ class Table:
 
     def play(self, steps: int, phases: tuple[Phase, ...] | None = None) -> None:
         for _ in range(steps):
-            step(self, moves(self, phases or self.phases), lambda move: self.stream.read(move.draw))  # type: ignore[arg-type]
+            step(self, moves(self.clock, phases or self.phases), lambda move: self.stream.read(move.draw))  # type: ignore[arg-type]
             self.clock.advance()
 
     def draw(self, number: int) -> Batch:

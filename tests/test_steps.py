@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,17 +14,23 @@ import pytest
 import torch
 from conftest import open_stream, packed, scenes_on_disk, tensor_files
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gandist import augment
 from gandist.check import read_recipe
-from gandist.data.opening import data_spec
+from gandist.data.opening import data_spec, open_batches
+from gandist.data.stream import Share
 from gandist.game import Clock, Game, unchanging
 from gandist.launcher import World
 from gandist.log import Meter
+from gandist.memory import peak_bytes
 from gandist.optimizers import AdamOptions, ScheduleOptions
 from gandist.player import EmaOptions, Player, PlayerOptions
+from gandist.recipe import Recipe
 from gandist.run import make_players, running
-from gandist.steps import Fixed, Sources, Unknown, Unread, plain_step
+from gandist.steps import Fixed, Sources, Unknown, Unread, moves, plain_step, play
 from gandist.train import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -124,6 +131,62 @@ def trained(path: Path, *changes: str) -> tuple[dict[str, bytes], list[dict[str,
 
 def said(record: list[dict[str, object]]) -> list[dict[str, object]]:
     return [row for row in record if row.get("event") == "graphs"]
+
+
+# ---- memory
+
+
+def measured_peak(recipe: Recipe, precision: str) -> int:
+    """Bytes of all tensors at the worst moment of a step, by torch's profiler, which sees what kernels take as well."""
+    assert isinstance(recipe.game, Game)
+    spec = data_spec(recipe.data)
+    players, phases = make_players(recipe, spec, CPU, precision), recipe.game.phases(spec)
+    share = Share(
+        recipe.game.parts(spec), recipe.run.batch, recipe.run.seed, CPU, accumulate=recipe.run.accumulate, recall=4
+    )
+    stream, clock = open_batches(recipe.data, share), Clock(recipe.run.batch, recipe.run.images)
+
+    def one() -> None:
+        turns, batches = [], stream.read(0)
+        for move in moves(clock, phases):
+            turns.append(play(players, clock, move, [replace(batch, made={}) for batch in batches])[0])
+        for turn in turns:
+            turn.finish()
+
+    one()
+    kept: dict[int, int] = {}
+    for player in players.values():
+        player.optimizer.zero_grad()
+        player._kept = []
+        tensors = [tensor for part in player.tensors().values() for tensor in part.values()]
+        kept |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    kept |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stream.read(0)[0].parts.values()}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        one()
+        one()
+    stream.close()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return sum(kept.values()) + max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_memory_of_a_step_is_told_beforehand(written: Callable, name: str, precision: str) -> None:
+    recipe = read_recipe(written(RECIPES[name], precision=precision), ["run.images=320"])
+    told = peak_bytes(recipe, data_spec(recipe.data), 1, precision)
+    assert told == pytest.approx(measured_peak(recipe, precision), rel=0.15)
+    half = peak_bytes(recipe, data_spec(recipe.data), 2, precision)
+    assert half < told
+
+
+def test_what_was_played_without_values_leaves_none_behind(written: Callable) -> None:
+    recipe = read_recipe(written(GAN, precision="fp32"), [])
+    peak_bytes(recipe, data_spec(recipe.data), 1, "fp32")
+    files, _ = trained(written(GAN, precision="fp32"), "run.images=32")
+    assert files
+    for keep in (augment._luma, augment._raise, augment._colours):
+        assert not isinstance(keep(3, CPU), FakeTensor)
 
 
 # ---- compiled

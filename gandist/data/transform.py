@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from torch import Tensor
 
+from gandist.constants import constant
 from gandist.data.dataset import ImageSpec
 from gandist.data.decode import MAX_PIXELS, Pixels
 from gandist.data.order import Integers, uniform
@@ -62,12 +61,6 @@ def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
             refuse_larger(options.canvas, height, width)
         height, width = options.canvas
     return ImageSpec(height=height, width=width, channels=image.channels)
-
-
-@cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on a device, copied there once: a copy waits for it, and while a graph is recorded there can be none."""
-    return torch.tensor(values, device=device)
 
 
 def values(options: TransformOptions, pixels: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gandist.constants import constant
 from gandist.data.dataset import Spec
 from gandist.data.stream import IGNORED, Batch
-from gandist.data.transform import constant
 from gandist.game import Clock, Phase, Players, Segmenting, Side, always
 from gandist.games.segmentation import Segmentation, SegmentationOptions
 from gandist.health import Symptom
