@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.decode import image_shape
 from gandist.data.opening import data_spec, open_reader
@@ -16,6 +18,7 @@ from gandist.data.read import BadSample
 from gandist.data.stream import PARTS
 from gandist.game import GAMES, Game, Generative, Segmenting
 from gandist.launcher import ranks
+from gandist.networks.blocks import blocks
 from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Source, load
 
 MAX_BATCH = 1 << 32  # bytes of the pixels of a batch on one process
@@ -77,6 +80,8 @@ def contradictions(
         faults, parts = [*missing_parts(game, spec)], set(game.parts(spec))
         for location, message in faults or game.faults(spec):
             source.fault(("game", *location), message)
+        for name, message in [] if source.faults else _checkpointing(game, spec, run):
+            source.fault(("game", name, "activation_checkpointing"), message)
         if isinstance(game, Generative | Segmenting) and "image" in game.parts(spec) and data is not None:
             moved = data.transform
             if moved.mean is not None or moved.range != (-1.0, 1.0):
@@ -138,6 +143,19 @@ def contradictions(
                 ("run", "batch"),
                 f"{run.batch} is more than the {spec.samples} samples of the split; use at most {spec.samples}",
             )
+
+
+def _checkpointing(game: Game, spec: Spec, run: RunOptions | None) -> Iterator[tuple[str, str]]:
+    """Why a player cannot compute its activations again."""
+    for name, side in game.sides(spec).items():
+        if not side.options.activation_checkpointing:
+            continue
+        with torch.device("meta"):
+            found = blocks(side.build())
+        if not found:
+            yield name, "has no effect: its network has no blocks; those of resnet, r3gan and unet have"
+        elif run is not None and run.compile:
+            yield name, "`run.compile` chooses by itself what is computed again; leave one of them out"
 
 
 def read_recipe(path: Path, overrides: list[str], allow_pipe: bool = False) -> Recipe:

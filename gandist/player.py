@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
 from gandist import penalties
+from gandist.networks.blocks import recompute
 from gandist.optimizers import OPTIMIZERS, AdamOptions, Images, OptimizerOptions, ScheduleOptions
-from gandist.recipe import Choice, Section
+from gandist.recipe import Choice, Section, harmless
 
 Item = TypeVar("Item")
 
@@ -70,6 +71,9 @@ class PlayerOptions(Section):
     clip_weights: Annotated[float, Field(gt=0)] | None = None  # of a Wasserstein critic (Arjovsky et al. 2017)
     historical_averaging: Annotated[float, Field(gt=0)] | None = None  # weight of ‖θ − mean of all θ before‖²
     ema: EmaOptions | None = None
+    activation_checkpointing: Annotated[bool, Field(**harmless)] = (
+        False  # less memory for a second forward of each block
+    )
 
 
 Memory = Mapping[str, Tensor]
@@ -153,6 +157,8 @@ class Player:
         self.ema = _twin(self.module).eval().requires_grad_(False) if options.ema else None
         self._begin_average()
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if options.activation_checkpointing:
+            recompute(self.module)
         self.compiled = compiled
         self.computed = _compiled(self.module) if compiled else self.module
         self.wrapped = (

@@ -367,6 +367,8 @@ def refusal(run: Run) -> str | None:
         return "`run.graphs` is false"
     if run.world.ranks > 1:
         return f"{run.world.ranks} processes reduce their gradients while they are computed"
+    if any(player.options.activation_checkpointing for player in run.players.values()):
+        return "activation checkpointing sets random numbers back"
     if run.world.precision == "fp16":
         return "the scale of fp16's losses changes with what they are"
     return None

@@ -28,7 +28,7 @@ from gandist.log import Meter
 from gandist.memory import peak_bytes
 from gandist.optimizers import AdamOptions, ScheduleOptions
 from gandist.player import EmaOptions, Player, PlayerOptions
-from gandist.recipe import Recipe
+from gandist.recipe import InputError, Recipe
 from gandist.run import make_players, running
 from gandist.steps import Fixed, Sources, Unknown, Unread, moves, plain_step, play
 from gandist.train import train
@@ -187,6 +187,41 @@ def test_what_was_played_without_values_leaves_none_behind(written: Callable) ->
     assert files
     for keep in (augment._luma, augment._raise, augment._colours):
         assert not isinstance(keep(3, CPU), FakeTensor)
+
+
+BLOCKS = {
+    "resnet": GAN.replace("{kind: dcgan, width: 16}}, ema: {{half_life_images: 500}}", "{kind: resnet, width: 8}}")
+    .replace("{kind: dcgan, width: 16, norm: none}", "{kind: resnet, width: 8, attention: 14}")
+    .replace("r1: {{weight: 1.0, every: 3}}", "r1: {{weight: 1.0}}"),
+    "r3gan": GAN.replace("{kind: dcgan, width: 16}", "{kind: r3gan, width: 32, group_size: 8}").replace(
+        "{kind: dcgan, width: 16, norm: none}", "{kind: r3gan, width: 32, group_size: 8}"
+    ),
+    "penalty": REPEATED,
+    "unet": SEGMENT,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("resnet", "bf16"), ("r3gan", "fp32"), ("penalty", "fp32"), ("unet", "bf16")]
+)
+def test_what_is_computed_again_takes_less_memory_and_gives_the_same_weights(
+    written: Callable, name: str, precision: str
+) -> None:
+    sides = ["segmenter"] if name == "unet" else ["generator", "discriminator"]
+    changes = [f"game.{side}.activation_checkpointing=true" for side in sides]
+    short = ["run.images=96"]
+    path = written(BLOCKS[name], "kept", precision)
+    kept, _ = trained(path, *short)
+    again, _ = trained(written(BLOCKS[name], "again", precision), *short, *changes)
+    assert [part for part in kept if kept[part] != again[part]] == []
+    recipes = [read_recipe(path, [*short, *more]) for more in ([], changes)]
+    most, less = (peak_bytes(recipe, data_spec(recipe.data), 1, precision) for recipe in recipes)
+    assert less < 0.9 * most
+
+
+def test_a_network_without_blocks_cannot_compute_them_again(written: Callable) -> None:
+    with pytest.raises(InputError, match="its network has no blocks"):
+        read_recipe(written(SEMI), ["game.discriminator.activation_checkpointing=true"])
 
 
 # ---- compiled

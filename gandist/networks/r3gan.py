@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape, amount
+from gandist.networks.blocks import Block
 from gandist.networks.resampling import Crop, DoubleSmoothly, Halve, divided, halvings
 
 Width = Annotated[int, Field(ge=1, le=8192)]
@@ -32,7 +33,7 @@ def _filled(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> nn.Module:
     return layer
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """x + 1×1(3×3 in groups(1×1(x))) with twice the channels between, and leaky ReLU after the first two.
 
     As in fix-up initialisation (Zhang et al. 2019) the last convolution is zero and the others are smaller by L^−¼, for L blocks

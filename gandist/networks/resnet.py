@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape, amount
+from gandist.networks.blocks import Block
 from gandist.networks.heads import normalise_spectra
 from gandist.networks.resampling import Crop, divided, double, halve, halvings
 
@@ -77,7 +78,7 @@ class SelfAttention(nn.Module):
         return features + self.gamma * seen
 
 
-class _Up(nn.Module):
+class _Up(Block):
     """(B, C, H, W) to (B, C', 2H, 2W); no bias, since a batch norm follows that takes away what is constant."""
 
     def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module], attention: bool) -> None:
@@ -96,7 +97,7 @@ class _Up(nn.Module):
         return made
 
 
-class _Down(nn.Module):
+class _Down(Block):
     """(B, C, H, W) to (B, C', ⌈H/2⌉, ⌈W/2⌉), or to the same size; the first of a network takes the image as it is."""
 
     def __init__(self, inputs: int, outputs: int, *, first: bool, halving: bool, attention: bool) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from gandist.networks.blocks import Block
 from gandist.networks.resampling import DoubleSmoothly
 from gandist.networks.segmentation import SegmenterOptions
 
@@ -17,7 +18,7 @@ Width = Annotated[int, Field(ge=1, le=1024)]
 _doubled = DoubleSmoothly()
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """x + f(x), f two 3×3 convolutions with batch norm; a training row leaves f out with probability `drop` (Huang et al. 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, drop: float) -> None:
