@@ -3,8 +3,7 @@
     python benchmarks/scale.py [--processes 1,2] [--size 32] [--batch 64] [--rounds 7] [--steps 3] [--threads N] [--json FILE]
 
 Starts itself by `accelerate launch` for each number of processes, with the cores shared between them. *Strong*: `--batch` images a step, of all
-processes together; *weak*: of each. In every process the full trainer plays, and a hook of DistributedDataParallel counts the bytes of gradients that are
-handed over. Then, in turns: steps as they are; the same steps without reducing (`no_sync`, the weights then drift apart, and are thrown away); and an all-reduce of as many
+processes together; *weak*: of each. In every process the full trainer plays, and counts the bytes of gradients that it hands over. Then, in turns: steps as they are; the same steps without reducing (`no_sync`, the weights then drift apart, and are thrown away); and an all-reduce of as many
 bytes alone. What reducing adds to a step over what it takes alone is the share that is not hidden behind the backward.
 
 The model: a step of the weak kind takes its time on one process, plus the exposed share of a ring all-reduce, 2 (W − 1) / W · bytes / bandwidth + 2 (W − 1) · latency.
@@ -32,7 +31,6 @@ import torch
 import torch.distributed as dist
 from reporting import Plot, report
 from step import RECIPES, one_step, processor, wait
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from gandist.check import read_recipe
@@ -43,19 +41,6 @@ from gandist.steps import Stepper
 
 SIZES = [2**12, 2**16, 2**20, 2**22, 2**24]  # bytes of the all-reduces that the network is fitted to
 MANY = (8, 16, 32, 64, 128, 256, 512, 1024)
-
-
-class Counter:
-    """Bytes of gradients that were handed over to be reduced."""
-
-    def __init__(self) -> None:
-        self.bytes = self.buckets = 0
-
-    def hook(self, state: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-        """What DistributedDataParallel does without a hook, counted."""
-        self.bytes += bucket.buffer().numel() * bucket.buffer().element_size()
-        self.buckets += 1
-        return allreduce_hook(state, bucket)
 
 
 def reduce_seconds(size: int, device: torch.device, rounds: int) -> float:
@@ -75,12 +60,9 @@ def work(arguments: argparse.Namespace) -> None:
     """What each process does; rank 0 writes what it measured."""
     recipe = read_recipe(arguments.worker, [])
     world = World.join(recipe.run.precision)
-    stop, counter = Stop(world), Counter()
+    stop = Stop(world)
     with running(recipe, world) as run, Stepper(run) as step:
         wrapped = [p.wrapped for p in run.players.values() if isinstance(p.wrapped, DistributedDataParallel)]
-        for one in wrapped:
-            one.register_comm_hook(None, lambda state, bucket: counter.hook(state, bucket))  # torch reads annotations
-
         trainer = partial(one_step, run, stop, step)
 
         def local() -> None:
@@ -100,9 +82,11 @@ def work(arguments: argparse.Namespace) -> None:
 
         for _ in range(4):
             trainer()
-        counter.bytes = counter.buckets = 0
+        before = sum(player.reduced_bytes for player in run.players.values())
         trainer()
-        found: dict[str, Any] = {"bytes_per_step": counter.bytes, "buckets_per_step": counter.buckets}
+        found: dict[str, Any] = {
+            "bytes_per_step": sum(player.reduced_bytes for player in run.players.values()) - before
+        }
         contestants = {"step": trainer} | ({"local": local} if wrapped else {})
         timings: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(arguments.rounds):

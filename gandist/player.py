@@ -166,6 +166,12 @@ class Player:
             if self.ranks > 1
             else self.computed
         )
+        # A turn that has ended, and whose gradients are still on their way.
+        self._reducing: list[dist.Work] = []
+        self._ended: Turn | None = None
+        self.reduced_bytes = 0  # of gradients, since the start
+        if isinstance(self.wrapped, DistributedDataParallel):
+            self.wrapped.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # torch reads annotations
         self.parameters = list(self.module.parameters())
         self._statistics = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._spectral = [m for m in self.module.modules() if isinstance(m, parametrizations._SpectralNorm)]
@@ -177,7 +183,7 @@ class Player:
         self.sees_batch = bool(self._statistics) or any(getattr(m, "sees_batch", False) for m in self.module.modules())
         self.optimizer = options.optimizer.build(self.parameters)
         self._update = remembered.update
-        self.memory = {name: torch.tensor(float(value), device=device) for name, value in remembered.initial.items()}
+        self._memory = {name: torch.tensor(float(value), device=device) for name, value in remembered.initial.items()}
         self._observed: dict[str, list[Tensor]] = {}
         self.history: dict[str, Tensor] = {}  # the mean of all earlier weights, for historical averaging
         if options.historical_averaging is not None:
@@ -195,6 +201,7 @@ class Player:
         self._freeze()
 
     def __call__(self, *inputs: Tensor | None) -> Any:
+        self.settle()
         # One autocast context a forward: its cache of cast weights would outlive the optimizer's step otherwise.
         with self.autocast():
             return (self.wrapped if self.moving else self.computed)(*inputs)
@@ -204,9 +211,36 @@ class Player:
 
         And as it is written: the backward of what was compiled has no backward of its own.
         """
+        self.settle()
         written = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with torch.autocast(self.device.type, enabled=False), written:
             return (self.wrapped if self.moving else self.computed)(*inputs)
+
+    def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """What DistributedDataParallel does with gradients that are ready, but that it goes on at once: `settle` waits for them."""
+        gradients = bucket.buffer().div_(self.ranks)
+        self.reduced_bytes += gradients.numel() * gradients.element_size()
+        work = dist.all_reduce(gradients, async_op=True)
+        assert work is not None
+        self._reducing.append(work)
+        begun: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[self.device] if self.device.type == "cuda" else None
+        )
+        begun.set_result(gradients)
+        return begun
+
+    def settle(self) -> None:
+        """Ends a turn whose gradients are still being reduced. Whoever asks for the player's weights or numbers comes here first, so that
+        what does not depend on them is computed meanwhile."""
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended.finish()
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """Numbers that are kept between turns, by name."""
+        self.settle()
+        return self._memory
 
     def observe(self, **values: Tensor) -> None:
         """Notes numbers of this turn, by name, for the player's memory; the same names on every rank."""
@@ -243,6 +277,7 @@ class Player:
         images: the clock before this step.  batch: images of the clock that this turn stands for, a step's share of repeats.
         hold: the weights wait for `Turn.finish`, so that another player answers the old ones.
         """
+        self.settle()
         turn = Turn(self, images, batch, micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
         self._kept = [buffer.clone() for buffer in self._buffers]
@@ -253,7 +288,9 @@ class Player:
         finally:
             self._freeze()
         assert turn.left == 0, f"{self.name}: {turn.left} of {micro_batches} micro-batches had no backward"
-        if not hold:
+        if self._reducing and not hold:
+            self._ended = turn
+        elif not hold:
             turn.finish()
 
     def finish(self, images: int, batch: float) -> Tensor:
@@ -288,6 +325,8 @@ class Player:
 
         The device is never waited for.
         """
+        while self._reducing:
+            self._reducing.pop(0).wait()
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._pull_to_history()
@@ -341,8 +380,8 @@ class Player:
         if self.ranks > 1:
             dist.all_reduce(means)
             means /= self.ranks
-        for name, new in self._update(self.memory, dict(zip(names, means, strict=True)), images).items():
-            self.memory[name].copy_(torch.where(bad.bool(), self.memory[name], new))
+        for name, new in self._update(self._memory, dict(zip(names, means, strict=True)), images).items():
+            self._memory[name].copy_(torch.where(bad.bool(), self._memory[name], new))
 
     @torch.no_grad()
     def _agree_on_statistics(self, bad: Tensor) -> None:
@@ -385,6 +424,7 @@ class Player:
     @contextmanager
     def evaluating(self, average: bool = True) -> Iterator[nn.Module]:
         """The module to judge or to use: the EMA where there is one and `average` is true, in evaluation mode, without gradients."""
+        self.settle()
         module = self.ema if self.ema is not None and average and self._average_has_begun() else self.module
         training = module.training
         module.eval()
@@ -399,6 +439,7 @@ class Player:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint holds, by file and name, as references: weights, EMA and the optimizer's moments."""
+        self.settle()
         names = {id(p): name for name, p in self.module.named_parameters()}
         moments = {
             f"{names[id(parameter)]}/{key}": value
@@ -465,6 +506,6 @@ class Turn:
         self.player.scaler.scale(loss / self.micro_batches).backward()  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
-        """Moves the weights, once; nothing to do where the turn was not held."""
+        """Moves the weights, once."""
         if not self.finished:
             self.norm, self.finished = self.player.finish(self.images, self.batch), True

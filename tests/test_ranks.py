@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import on_ranks, open_stream, rows, run
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from gandist import checkpoint
 from gandist.data.dataset import Dataset
 from gandist.game import GAMES, Clock, Game, draws
 from gandist.launcher import World
-from gandist.player import Player
+from gandist.player import Player, PlayerOptions
 from gandist.recipe import InputError
 from gandist.seeding import derive
 
@@ -60,17 +59,6 @@ def _play(data: str, steps: int, batch_norm: bool) -> tuple[dict[str, Tensor], i
     for name, side in game.sides(dataset.spec("train")).items():
         torch.manual_seed(derive(0, name))
         players[name] = Player(name, side.build(), side.options, device=device)
-    sent = 0
-
-    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        nonlocal sent
-        sent += bucket.buffer().numel() * 4
-        work = dist.all_reduce(bucket.buffer().div_(ranks), async_op=True)
-        return work.get_future().then(lambda done: done.value()[0])
-
-    for player in players.values():
-        if isinstance(player.wrapped, DistributedDataParallel):
-            player.wrapped.register_comm_hook(None, count)
     stream = open_stream(data, batch=8, rank=rank, ranks=ranks, accumulate=2)
     clock, phases = Clock(8, 10**6), game.phases(stream.spec)
     for _ in range(steps):
@@ -89,7 +77,7 @@ def _play(data: str, steps: int, batch_norm: bool) -> tuple[dict[str, Tensor], i
         for key, tensor in found.items()
     }
     weights = sum(4 * p.numel() for player in players.values() for p in player.parameters)
-    return tensors, sent, weights
+    return tensors, sum(player.reduced_bytes for player in players.values()), weights
 
 
 def test_every_gradient_is_reduced_exactly_once_a_step(fashion: Path) -> None:
@@ -97,6 +85,24 @@ def test_every_gradient_is_reduced_exactly_once_a_step(fashion: Path) -> None:
     steps = 3
     for _, sent, weights in on_ranks(2, _play, str(fashion), steps, True):
         assert sent == steps * weights
+
+
+def _moved() -> list[bool]:
+    """Whether the weights have moved: when the turn has ended, after another network was called, and after the player itself was."""
+    torch.manual_seed(0)
+    player, other = (Player(name, nn.Linear(3, 1), PlayerOptions(), device=torch.device("cpu")) for name in "ab")
+    before, found = player.parameters[0].detach().clone(), []
+    with player.turn(0, 4) as turn:
+        turn.backward(player(torch.ones(4, 3)).mean())
+    for act in (lambda: None, lambda: other(torch.ones(1, 3)), lambda: player(torch.ones(1, 3))):
+        act()
+        found.append(not torch.equal(before, player.parameters[0]))
+    return found
+
+
+def test_gradients_are_reduced_while_what_does_not_need_them_is_computed() -> None:
+    assert on_ranks(2, _moved) == [[False, False, True]] * 2
+    assert _moved() == [True, True, True]  # there is nothing to wait for
 
 
 def test_ranks_stay_bitwise_equal_running_statistics_included(fashion: Path) -> None:

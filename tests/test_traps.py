@@ -124,6 +124,7 @@ def _two_forwards_two_backwards() -> tuple[float, float]:
     player = Player("d", _linear(), PlayerOptions(), device=CPU)
     with player.turn(0, 4) as turn:
         turn.backward(player(data).mean() + player(10 * data).mean())
+    player.settle()
     grad = player.parameters[0].grad
     assert grad is not None
     return float(naive.module.weight.grad[0, 0]), float(grad[0, 0])
@@ -143,6 +144,7 @@ def _statistics() -> tuple[Tensor, Tensor]:
     player = Player("d", nn.BatchNorm1d(4), PlayerOptions(), device=CPU)
     with player.turn(0, 8) as turn:
         turn.backward(player(data).square().mean())
+    player.settle()
     running = naive.module.running_mean
     assert isinstance(running, Tensor)
     return running, player.module.running_mean  # type: ignore[return-value]
