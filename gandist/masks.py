@@ -7,6 +7,7 @@ import io
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -130,7 +131,15 @@ def write_masks(
     writer.writerow(["input", "name", "mask", "probability", *(f"share_{name}" for name in names)])
     taken: set[str] = set()
     done, pixels = 0, np.zeros(len(names), np.int64)
-    with tempfile.TemporaryDirectory() as scratch:
+
+    def listed() -> None:
+        """What was answered before a damaged image stays listed, as its files stay."""
+        if done:
+            write_atomically(out / "predictions.csv", text.getvalue().encode(errors="backslashreplace"))
+
+    with ExitStack() as ending:
+        ending.callback(listed)
+        scratch = ending.enter_context(tempfile.TemporaryDirectory())
         for one in predictor.answers(images_of(inputs, Path(scratch), predictor.split)):
             name = file_of(one.image.name, taken)
             mask = one.mask.to(torch.uint8).numpy()
@@ -144,7 +153,6 @@ def write_masks(
             progress(done, 0)
     if not done:
         raise predictor.refuse_none(inputs)
-    write_atomically(out / "predictions.csv", text.getvalue().encode(errors="backslashreplace"))
     yield from predictor.told()
     shares_ = pixels / max(1, pixels.sum())
     yield "pixels by class: " + ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares_, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -35,6 +36,7 @@ from conftest import (
     tensors,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -875,6 +877,33 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
     assert failed.code == 2, failed.err
     assert said in failed.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_with_other_weights_is_the_fault_of_the_recipe(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    path = tmp_path / "vgg.safetensors"
+    save_file({"features.0.weight": torch.zeros(2, 3, 3, 3)}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    network = f"{{kind: dilated8, weights: {{path: {path}, sha256: {digest}}}}}"
+    failed = gandist("train", recipe_of(tmp_path, scenes), f"game.segmenter.network={network}")
+    assert failed.code == 2, failed.err
+    assert "`game.segmenter.network.weights`" in failed.err
+    assert str(path) in failed.err
+
+
+def test_what_was_answered_before_a_damaged_image_stays_listed(
+    trained: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    for name in "abc":
+        Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / f"{name}.png")
+    (tmp_path / "d.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    failed = gandist("predict", trained, tmp_path, "--out", tmp_path / "out")
+    assert failed.code == 1
+    assert "d.png" in failed.err
+    listed = (tmp_path / "out" / "predictions.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[1] for line in listed] == ["a.png", "b.png", "c.png"]
+    assert all((tmp_path / "out" / line.split(",")[2]).is_file() for line in listed)
 
 
 def test_inspect_shows_the_crops_that_the_players_see(

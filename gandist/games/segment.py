@@ -35,7 +35,7 @@ from gandist.networks.segmentation import AnyAdversary, AnySegmenter
 from gandist.pairs import PairOptions, View, views
 from gandist.palette import beside
 from gandist.player import PlayerOptions
-from gandist.recipe import DataOptions, Section, harmless
+from gandist.recipe import DataOptions, Failure, InputError, Section, harmless
 from gandist.windows import to_size
 
 Weight = Annotated[float, Field(gt=0, le=1e9)]
@@ -227,7 +227,10 @@ class Segment(Segmenting):
         return self.segmenter.network.pretrained is not None
 
     def start(self, players: Players, spec: Spec, samples: Tensor) -> None:
-        self.segmenter.network.start(players["segmenter"].module)
+        try:
+            self.segmenter.network.start(players["segmenter"].module)
+        except Failure as error:  # the file is the one that the recipe names
+            raise InputError(f"`game.segmenter.network.weights`: {error}") from None
 
     def seen(self, batch: Batch) -> Mapping[str, Tensor]:
         view = self._view(batch)
