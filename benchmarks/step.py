@@ -6,7 +6,7 @@
 
 All run in this process, in turns of a few steps, so that what else the machine does falls on all alike. The plain loop
 is written as in the PyTorch DCGAN example: eager, fp32, default memory format and optimizer, one generator forward a
-step, images waiting in memory as floats. The trainer reads packed shards, draws fresh noise for each player, keeps an
+step, images waiting in memory as floats; its convolutions are torch's own (with `--layers gandist`, the trainer's). The trainer reads packed shards, draws fresh noise for each player, keeps an
 average of the generator and writes its log. `step` is the trainer's step alone, on one batch that lies on the device: what the stream, the log and the
 guards cost is the rest. `tuned` (of gan) is the plain loop with what an expert would write into it: the trainer's precision, channels last, fused
 Adam, a frozen opponent, one forward of the discriminator, one average.
@@ -49,6 +49,7 @@ from gandist.data.pack import Options, Packing, pack
 from gandist.data.stream import Batch, Share
 from gandist.game import Game
 from gandist.launcher import Stop, World
+from gandist.networks.convolution import Conv2d, ConvTranspose2d
 from gandist.player import DTYPES, Turn
 from gandist.run import Run, resident_bytes, running, versions
 from gandist.steps import Stepper, moves, plain_step, seed
@@ -255,6 +256,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     stream.close()
     bare = {name: side.build().to(world.device) for name, side in sides.items()}
     players: tuple[nn.Module, ...] = (*bare.values(),)
+    if arguments.layers == "plain":
+        for part in (part for player in players for part in player.modules()):
+            if isinstance(part, Conv2d | ConvTranspose2d):
+                part.__class__ = type(part).__base__  # torch's own
     if semi and arguments.layers == "plain":
         players = PlainGenerator().to(world.device), PlainDiscriminator().to(world.device)
     first, second = players
@@ -307,7 +312,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     low, middle, high = against["plain"]
     speeds = {name: arguments.batch / statistics.median(values) for name, values in timings.items()}
     peaks = {name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})}
-    own = {"semi": ("layers",), "segment": ("size",), "gan": ("size", "width")}[arguments.game]
+    own = {"semi": ("layers",), "segment": ("size",), "gan": ("layers", "size", "width")}[arguments.game]
     names = (*own, "batch", "rounds", "steps", *(("compile",) if arguments.compile else ()))
     setting = {
         "network": {"semi": "salimans_mlp", "segment": "farabet", "gan": arguments.network}[arguments.game],
@@ -370,7 +375,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--game", default="gan", choices=[*RECIPES])
-    parser.add_argument("--layers", choices=["plain", "gandist"], help="of the plain loop of semi; plain unless given")
+    parser.add_argument(
+        "--layers", choices=["plain", "gandist"], help="of the plain loop of gan and semi; plain unless given"
+    )
     parser.add_argument("--network", choices=["dcgan", "resnet"], help="of gan; dcgan unless given")
     parser.add_argument("--size", type=int, help="of gan and segment: pixels of a side, 64 and 160 unless given")
     parser.add_argument("--width", type=int, help="of gan: channels of the networks next to the image, 64 unless given")
@@ -386,8 +393,8 @@ def main() -> None:
             parser.error(f"--{name} {getattr(arguments, name)}: must be 1 or more")
     if arguments.game == "semi" and (arguments.size or arguments.width):
         parser.error("--size and --width have no effect on the networks of semi")
-    if arguments.game != "semi" and arguments.layers:
-        parser.error(f"--layers has no effect on {arguments.game}")
+    if arguments.game == "segment" and arguments.layers:
+        parser.error("--layers has no effect on segment")
     if arguments.game != "gan" and arguments.network:
         parser.error(f"--network has no effect on {arguments.game}")
     if arguments.game == "segment" and arguments.width:

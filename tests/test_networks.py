@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, dcgan, mlp, r3gan, resnet, signal
+from gandist.networks import convolution as convolutions
+from gandist.networks.convolution import Conv2d, ConvTranspose2d, convolution, transposed_convolution
 from gandist.networks.heads import Head, MinibatchDiscrimination, MinibatchOptions, normalise_spectra
 from gandist.networks.resampling import Crop, DoubleSmoothly, by_axes, halve
 
@@ -480,6 +482,77 @@ def test_doubling_smoothly_is_bilinear_interpolation(
         torch.autograd.grad((torch.cat([beside, values], 1) * weights).sum(), image)[0] for values in (found, expected)
     ]
     torch.testing.assert_close(*gradients)
+
+
+CONVOLUTIONS = [  # channels, kernel, stride, padding, and the padding of the output of the transposed one
+    (3, 5, 4, 2, 1, 0), (4, 2, 3, 1, 1, 0), (2, 3, 5, 2, 2, 1), (3, 3, 1, 1, 0, 0), (2, 3, 3, 2, 0, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "padding", "more"), CONVOLUTIONS)
+def test_a_convolution_as_a_product_is_the_convolution_and_so_are_its_derivatives(
+    inputs: int, outputs: int, kernel: int, stride: int, padding: int, more: int
+) -> None:
+    sizes, options = (kernel, stride, padding), {"stride": stride, "padding": padding}
+    image = torch.randn(2, inputs, 6, 5, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(outputs, inputs, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    back = torch.randn(inputs, outputs, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(outputs, dtype=torch.float64, requires_grad=True)
+    found = convolution(image, weight, bias, sizes)
+    torch.testing.assert_close(found, F.conv2d(image, weight, bias, **options))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    up = transposed_convolution(image, back, bias, sizes, more)
+    torch.testing.assert_close(up, F.conv_transpose2d(image, back, bias, output_padding=more, **options))
+    for forward, values in (
+        (lambda *v: convolution(*v, sizes), (image, weight, bias)),
+        (lambda *v: transposed_convolution(*v, sizes, more), (image, back, bias)),
+    ):
+        assert torch.autograd.gradcheck(forward, values)
+        assert torch.autograd.gradgradcheck(forward, values)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layer", "shape", "product"),
+    [
+        (Conv2d(256, 512, 4, 2, 1), (2, 256, 8, 8), True),
+        (Conv2d(256, 512, 4, 2, 1), (2, 256, 32, 32), False),  # of many places
+        (Conv2d(64, 128, 4, 2, 1), (2, 64, 8, 8), False),  # of few weights
+        (Conv2d(512, 512, 3, 1, 1, groups=2), (2, 512, 4, 4), False),
+        (ConvTranspose2d(512, 256, 4, 2, 1), (2, 512, 4, 4), True),
+        (ConvTranspose2d(512, 256, 5, 2, 2, output_padding=1), (2, 512, 4, 4), True),
+        (ConvTranspose2d(512, 256, 4, 2, 1), (2, 512, 16, 16), False),
+    ],
+)
+def test_a_heavy_convolution_between_small_maps_is_a_product_and_gives_the_same(
+    layer: nn.Conv2d | nn.ConvTranspose2d,
+    shape: tuple[int, ...],
+    product: bool,
+    precision: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+
+    def counted(layer: nn.Module, images: Tensor, places: int, chosen: Any = convolutions._as_product) -> bool:
+        nonlocal calls
+        found: bool = chosen(layer, images, places)
+        calls += found
+        return found
+
+    monkeypatch.setattr(convolutions, "_as_product", counted)
+    layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    image = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
+    sides = []
+    for heavy in (convolutions.HEAVY, 1 << 40):
+        monkeypatch.setattr(convolutions, "HEAVY", heavy)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            answer = layer(image)
+        sides.append((answer, *torch.autograd.grad(answer.float().square().mean(), [image, *layer.parameters()])))
+    assert calls == product
+    assert sides[0][0].dtype == precision
+    for one, other in zip(*sides, strict=True):
+        worst = float(((one - other).abs().max() / other.abs().max()).detach())
+        assert worst < (1e-5 if precision == torch.float32 else 2e-2)
 
 
 def test_halving_is_the_mean_of_the_pixels_that_are_there() -> None:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape
+from gandist.networks.convolution import Conv2d, ConvTranspose2d
 from gandist.networks.resampling import Crop, halvings
 
 Width = Annotated[int, Field(ge=1, le=1024)]
@@ -55,12 +56,12 @@ class Generator(GeneratorOptions):
         ]
         for _ in range(stages - 1):
             layers += [
-                nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=bias),
+                ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=bias),
                 *_normed(channels // 2, self.norm),
                 nn.ReLU(),
             ]
             channels //= 2
-        layers += [nn.ConvTranspose2d(channels, image_channels, 4, 2, 1), Crop(image_height, image_width), nn.Tanh()]
+        layers += [ConvTranspose2d(channels, image_channels, 4, 2, 1), Crop(image_height, image_width), nn.Tanh()]
         return nn.Sequential(*layers).apply(_initialise)
 
 
@@ -79,10 +80,10 @@ class Discriminator(DiscriminatorOptions):
     def trunk(self, shape: Shape) -> tuple[nn.Module, int]:
         bias = self.norm == "none"
         stages, height, width, channels = halvings(shape), shape[1] // 2, shape[2] // 2, self.width
-        layers: list[nn.Module] = [nn.Conv2d(shape[0], channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [Conv2d(shape[0], channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for _ in range(stages - 1):
             layers += [
-                nn.Conv2d(channels, 2 * channels, 4, 2, 1, bias=bias),
+                Conv2d(channels, 2 * channels, 4, 2, 1, bias=bias),
                 *_normed(2 * channels, self.norm),
                 nn.LeakyReLU(0.2),
             ]

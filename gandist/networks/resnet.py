@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape, amount
 from gandist.networks.blocks import Block
+from gandist.networks.convolution import Conv2d
 from gandist.networks.heads import normalise_spectra
 from gandist.networks.resampling import Crop, divided, double, halve, halvings
 
@@ -84,9 +85,9 @@ class _Up(Block):
     def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module], attention: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = norm(inputs), norm(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.conv1 = Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.skip = Conv2d(inputs, outputs, 1, bias=False)
         self.attention = SelfAttention(outputs) if attention else nn.Identity()
 
     def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
@@ -104,9 +105,9 @@ class _Down(Block):
         super().__init__()
         hidden = outputs if first else inputs
         self.first, self.halving = first, halving
-        self.conv1 = nn.Conv2d(inputs, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, outputs, 3, padding=1)
-        self.skip = nn.Conv2d(inputs, outputs, 1) if halving or inputs != outputs else nn.Identity()
+        self.conv1 = Conv2d(inputs, hidden, 3, padding=1)
+        self.conv2 = Conv2d(hidden, outputs, 3, padding=1)
+        self.skip = Conv2d(inputs, outputs, 1) if halving or inputs != outputs else nn.Identity()
         self.attention = SelfAttention(outputs) if attention else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:

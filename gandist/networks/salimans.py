@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gandist.losses import at_least_fp32, mean_over_ranks
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, Shape
+from gandist.networks.convolution import Conv2d, ConvTranspose2d
 from gandist.networks.mlp import Depth, Fold, Rate, Unfold, Width
 from gandist.networks.resampling import Crop, divided
 from gandist.networks.starting import MAX_REFERENCE, START, Normed, start_by
@@ -188,11 +189,11 @@ class ConvGenerator(GeneratorOptions):
         ]
         channels = self.width
         for _ in range(2):
-            up = nn.ConvTranspose2d(channels, channels // 2, 5, 2, 2, output_padding=1, bias=False)
+            up = ConvTranspose2d(channels, channels // 2, 5, 2, 2, output_padding=1, bias=False)
             nn.init.normal_(up.weight, 0.0, 0.05)
             layers += [up, self._normed(channels // 2), nn.ReLU()]
             channels //= 2
-        last = nn.ConvTranspose2d(channels, shape[0], 5, 2, 2, output_padding=1, bias=False)
+        last = ConvTranspose2d(channels, shape[0], 5, 2, 2, output_padding=1, bias=False)
         layers += [
             Normed(last, deviation=0.05, learns_gain=True, starts_at=0.1),
             Squash(),
@@ -234,7 +235,7 @@ class ConvDiscriminator(DiscriminatorOptions):
 
     def trunk(self, shape: Shape) -> tuple[nn.Module, int]:
         def layer(inputs: int, outputs: int, kernel: int, stride: int = 1, pad: int = 0) -> nn.Module:
-            conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, bias=False)
+            conv = Conv2d(inputs, outputs, kernel, stride, pad, bias=False)
             return nn.Sequential(Normed(conv, deviation=0.05, learns_gain=False), nn.LeakyReLU(0.2, inplace=True))
 
         one, two = self.width, 2 * self.width
