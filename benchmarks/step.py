@@ -258,8 +258,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     players: tuple[nn.Module, ...] = (*bare.values(),)
     if arguments.layers == "plain":
         for part in (part for player in players for part in player.modules()):
-            if isinstance(part, Conv2d | ConvTranspose2d):
-                part.__class__ = type(part).__base__  # torch's own
+            if isinstance(part, Conv2d):
+                part.__class__ = nn.Conv2d  # type: ignore[assignment]
+            elif isinstance(part, ConvTranspose2d):
+                part.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]
     if semi and arguments.layers == "plain":
         players = PlainGenerator().to(world.device), PlainDiscriminator().to(world.device)
     first, second = players
