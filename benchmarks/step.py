@@ -93,10 +93,17 @@ class Still:
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
+        self.begun: dict[int, list[Batch]] = {}
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.begun.clear()
 
     def read(self, draw: int) -> list[Batch]:
-        """The same rows as another draw."""
-        return [replace(batch, draw=draw, made={}) for batch in self.batches]
+        """The same rows as another draw; what a phase of the step leaves in them for a later one is there."""
+        if draw not in self.begun:
+            self.begun[draw] = [replace(batch, draw=draw, made={}) for batch in self.batches]
+        return self.begun[draw]
 
 
 class Clocked:
@@ -283,6 +290,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             run.clock.advance()
 
         def alone() -> None:
+            still.begin()
             stream, run.stream = run.stream, still  # type: ignore[assignment]
             step()  # without a step of the clock: the stream has the next draws at hand
             run.stream = stream
