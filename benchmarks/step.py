@@ -265,9 +265,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     players: tuple[nn.Module, ...] = (*bare.values(),)
     if arguments.layers == "plain":
         for part in (part for player in players for part in player.modules()):
-            if isinstance(part, Conv2d):
+            if type(part) is Conv2d:  # and not one with a parametrisation, whose class is its own
                 part.__class__ = nn.Conv2d  # type: ignore[assignment]
-            elif isinstance(part, ConvTranspose2d):
+            elif type(part) is ConvTranspose2d:
                 part.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]
     if semi and arguments.layers == "plain":
         players = PlainGenerator().to(world.device), PlainDiscriminator().to(world.device)

@@ -1,8 +1,10 @@
-"""Cores that a process may use, and its share of them as threads."""
+"""What a process takes of its machine: a share of the cores as threads, and memory that it keeps."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from math import ceil
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import torch
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
 THREADS = "OMP_NUM_THREADS"
+# Parameters of glibc's mallopt: allocations from this size on are mappings of their own; the end of the heap goes back when it is longer;
+# and it grows by more than is asked for.
+KEPT = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 64 << 20}
 
 
 def quota(paths: tuple[Path, ...] = QUOTAS) -> int | None:
@@ -64,3 +69,17 @@ def share_cores() -> None:
     """Gives this process as many threads as its share of the cores, unless the user said how many."""
     if not chosen():
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def keep_memory() -> None:
+    """Lets glibc keep the memory of large tensors for the next step: it gives each back when it is freed, and the system fills the next one
+    with zeros, page by page. Left alone where the user set how it allocates."""
+    told = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform != "linux" or told:
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    for parameter, value in KEPT.items():
+        mallopt(parameter, value)

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
-from gandist.cores import launched, share_cores
+from gandist.cores import keep_memory, launched, share_cores
 from gandist.recipe import InputError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -141,6 +141,7 @@ class World:
             )
         _stop_when_the_launcher_dies()
         share_cores()
+        keep_memory()
         # Without `cpu=True` a machine without accelerator gets separate single processes, and nobody says so.
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
         count = accelerator.num_processes

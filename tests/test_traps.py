@@ -6,6 +6,7 @@ A test that fails because the naive code became right is good news: the guard it
 from __future__ import annotations
 
 import copy
+import platform
 import subprocess
 import sys
 import tarfile
@@ -108,6 +109,32 @@ def test_the_cores_of_a_container_are_those_it_was_allowed(
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert quota((tmp_path / "cpu.max", tmp_path / "cpu.cfs_quota_us")) == found
+
+
+FAULTS = """
+import os, resource, torch
+{}
+tensors = lambda: [torch.zeros(40 << 20, dtype=torch.uint8) for _ in range(3)]
+for _ in range(4): tensors()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10): tensors()
+os.write(1, b"faults %d\\n" % (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library allocates otherwise")
+def test_glibc_gives_large_tensors_back_each_time_and_a_run_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in ENVIRONMENT if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delitem(ENVIRONMENT, name)
+    join = "from gandist.launcher import World; World.join('auto')"
+    found = []
+    for act, more in (("", {}), (join, {}), (join, {"MALLOC_TRIM_THRESHOLD_": "131072"})):
+        words = [sys.executable, "-c", FAULTS.format(act)]
+        done = subprocess.run(words, env={**ENVIRONMENT, **more}, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        found.append(int(done.stdout.split()[1]))
+    alone, kept, told = found
+    assert alone > 10 * kept
+    assert told > 10 * kept
 
 
 # ---- DistributedDataParallel
