@@ -4,7 +4,8 @@
     python benchmarks/step.py --game semi [--precision fp32] [--batch 100] [--rounds 9] [--steps 10] [--json FILE]
     python benchmarks/step.py --game segment [--size 160] [--batch 4] [--rounds 9] [--steps 2] [--json FILE]
 
-All run in this process, in turns of a few steps, so that what else the machine does falls on all alike. The plain loop
+All run in turns of a few steps, so that what else the machine does falls on all alike; the plain loop in a process of its own, whose memory is allocated as
+everybody's is (gandist/cores.py). It
 is written as in the PyTorch DCGAN example: eager, fp32, default memory format and optimizer, one generator forward a
 step, images waiting in memory as floats; its convolutions are torch's own (with `--layers gandist`, the trainer's). The trainer reads packed shards, draws fresh noise for each player, keeps an
 average of the generator and writes its log. `step` is the trainer's step alone, on one batch that lies on the device: what the stream, the log and the
@@ -29,18 +30,20 @@ import argparse
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import psutil
 import torch
 from loops import Plain, PlainDiscriminator, PlainGenerator, PlainSegment, PlainSemi, Tuned
 from reporting import Plot, report
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gandist.check import read_recipe
@@ -51,6 +54,7 @@ from gandist.game import Game
 from gandist.launcher import Stop, World
 from gandist.networks.convolution import Conv2d, ConvTranspose2d
 from gandist.player import DTYPES, Turn
+from gandist.recipe import Recipe
 from gandist.run import Run, resident_bytes, running, versions
 from gandist.steps import Stepper, moves, plain_step, seed
 
@@ -206,22 +210,23 @@ def quartiles(others: list[float], ours: list[float]) -> tuple[float, float, flo
 
 
 class Busy(NamedTuple):
-    """Seconds of all cores that were not idle, what the hypervisor took included, and those of this process."""
+    """Seconds of all cores that were not idle, what the hypervisor took included, and those of the processes that are measured."""
 
     cores: float
-    process: float
+    processes: float
 
-    def share_of_this_process(self, later: Busy) -> float:
+    def share_of_these_processes(self, later: Busy) -> float:
         """Of what the cores did meanwhile."""
-        return min(1.0, (later.process - self.process) / max(1e-9, later.cores - self.cores))
+        return min(1.0, (later.processes - self.processes) / max(1e-9, later.cores - self.cores))
 
 
-def busy() -> Busy:
-    """Until now."""
+def busy(other: int) -> Busy:
+    """Of this process and another, until now."""
     spent = psutil.cpu_times()
     idle = spent.idle + getattr(spent, "iowait", 0.0)
     counted = sum(spent) - getattr(spent, "guest", 0.0) - getattr(spent, "guest_nice", 0.0)
-    return Busy(counted - idle, time.process_time())
+    beside = psutil.Process(other).cpu_times()
+    return Busy(counted - idle, time.process_time() + beside.user + beside.system)
 
 
 def flops(act: Callable[[], object], batch: int) -> float:
@@ -242,6 +247,78 @@ def processor() -> str:
     )
 
 
+def some_samples(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and their labels or masks, in memory."""
+    assert isinstance(recipe.game, Game)
+    answer = "mask" if recipe.game.kind == "segment" else "label"
+    count = SCENES if recipe.game.kind == "segment" else 1024
+    stream = open_batches(recipe.data, Share(("image", answer), count, 0, device))
+    (batch,) = stream.read(0)
+    stream.close()
+    return batch["image"].contiguous(), batch[answer]
+
+
+def plain_loop(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) -> Callable[[], object]:
+    """A step of the plain loop."""
+    assert isinstance(recipe.game, Game)
+    images, labels = some_samples(recipe, device)
+    players: list[nn.Module] = [side.build() for side in recipe.game.sides(data_spec(recipe.data)).values()]
+    if arguments.layers == "plain":
+        for part in (part for player in players for part in player.modules()):
+            if type(part) is Conv2d:  # and not one with a parametrisation, whose class is its own
+                part.__class__ = nn.Conv2d  # type: ignore[assignment]
+            elif type(part) is ConvTranspose2d:
+                part.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]
+    if arguments.game == "semi" and arguments.layers == "plain":
+        players = [PlainGenerator(), PlainDiscriminator()]
+    first, second = (player.to(device) for player in players)
+    if arguments.game == "segment":
+        return PlainSegment(first, second, images, labels, 11, arguments.batch)
+    if arguments.game == "semi":
+        return PlainSemi(first, second, images, labels, 100, arguments.batch)
+    return Plain(first, second, images, 100, arguments.batch)
+
+
+class Apart:
+    """The plain loop in a process of its own, which takes its turns when it is told to."""
+
+    def __init__(self, recipe: Path) -> None:
+        words = [sys.executable, __file__, *sys.argv[1:], "--plain", str(recipe)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.flops = self._answer("")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self, line: str) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        if line:
+            print(line, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit("step: the plain loop has ended; its reason stands above")
+        return float(answer)
+
+    def seconds(self, steps: int) -> float:
+        """Mean seconds of a step."""
+        return self._answer(str(steps))
+
+
+def play_apart(arguments: argparse.Namespace) -> None:
+    """What that process does: operations an image first, then the mean seconds of as many steps as each line asks for."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    act = plain_loop(arguments, read_recipe(arguments.plain, []), device)
+    print(flops(act, arguments.batch), flush=True)
+    for line in sys.stdin:
+        print(seconds(act, int(line), device), flush=True)
+
+
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds, as the JSON that is written."""
     data = folder / "data"
@@ -256,32 +333,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     assert isinstance(recipe.game, Game)
 
     sides = recipe.game.sides(data_spec(recipe.data))
-    answer = "mask" if segment else "label"
-    stream = open_batches(recipe.data, Share(("image", answer), SCENES if segment else 1024, 0, world.device))
-    (batch,) = stream.read(0)
-    images, labels = batch["image"].contiguous(), batch[answer]
-    stream.close()
-    bare = {name: side.build().to(world.device) for name, side in sides.items()}
-    players: tuple[nn.Module, ...] = (*bare.values(),)
-    if arguments.layers == "plain":
-        for part in (part for player in players for part in player.modules()):
-            if type(part) is Conv2d:  # and not one with a parametrisation, whose class is its own
-                part.__class__ = nn.Conv2d  # type: ignore[assignment]
-            elif type(part) is ConvTranspose2d:
-                part.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]
-    if semi and arguments.layers == "plain":
-        players = PlainGenerator().to(world.device), PlainDiscriminator().to(world.device)
-    first, second = players
-    plain: Callable[[], object]
-    if segment:
-        plain = PlainSegment(first, second, images, labels, 11, arguments.batch)
-    elif semi:
-        plain = PlainSemi(first, second, images, labels, 100, arguments.batch)
-    else:
-        plain = Plain(first, second, images, 100, arguments.batch)
     stop = Stop(world)
     timings: dict[str, list[float]] = {"plain": [], "trainer": []}
-    with running(recipe, world) as run, Stepper(run) as step:
+    with running(recipe, world) as run, Stepper(run) as step, Apart(path) as plain:
         trainer = partial(one_step, run, stop, step)
 
         def written() -> None:
@@ -296,26 +350,29 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             run.stream = stream
 
         still = Still(run.stream.read(0))
-        contestants: dict[str, Callable[[], object]] = {"plain": plain, "trainer": trainer, "step": alone}
+        here: dict[str, Callable[[], object]] = {"trainer": trainer, "step": alone}
         if not semi and not segment:
             twins = [side.build().to(world.device) for side in sides.values()]
-            contestants["tuned"] = Tuned(twins[0], twins[1], images, 100, arguments.batch, world.precision)
+            images, _ = some_samples(recipe, world.device)
+            here["tuned"] = Tuned(twins[0], twins[1], images, 100, arguments.batch, world.precision)
+        contestants: dict[str, Callable[[int], float]] = {"plain": plain.seconds}
+        contestants |= {name: partial(seconds, act, device=world.device) for name, act in here.items()}
         timings |= {name: [] for name in contestants}
         for act in contestants.values():
-            seconds(act, 8, world.device)  # first steps choose kernels, fill pools and record graphs
-        began = busy()
+            act(8)  # first steps choose kernels, fill pools and record graphs
+        began = busy(plain.process.pid)
         for _ in range(arguments.rounds):
             for name, act in contestants.items():
-                timings[name].append(seconds(act, arguments.steps, world.device))
-        others = 1 - began.share_of_this_process(busy())
+                timings[name].append(act(arguments.steps))
+        others = 1 - began.share_of_these_processes(busy(plain.process.pid))
         waited = run.stream.waited
         memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resident_bytes()
         # Operations within a graph cannot be counted: those of the step as it is written are the same.
         parts = parts_of_a_step(run, stop, arguments.steps)
         counted = flops(written, arguments.batch)
-        arithmetic = dict.fromkeys(contestants, counted) | {"plain": flops(plain, arguments.batch)}
-        if "tuned" in contestants:
-            arithmetic["tuned"] = flops(contestants["tuned"], arguments.batch)
+        arithmetic = dict.fromkeys(contestants, counted) | {"plain": plain.flops}
+        if "tuned" in here:
+            arithmetic["tuned"] = flops(here["tuned"], arguments.batch)
         graphs = step.why_not or "yes" if world.device.type == "cuda" else "no: there is no GPU"
     stop.close()
     against = {name: quartiles(timings[name], timings["trainer"]) for name in timings if name != "trainer"}
@@ -397,6 +454,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true", help="the networks of trainer and step by torch.compile")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for name in ("rounds", "steps"):
         if getattr(arguments, name) < 1:
@@ -412,6 +470,9 @@ def main() -> None:
     arguments.size, arguments.width = arguments.size or SIZE[arguments.game], arguments.width or 64
     arguments.layers, arguments.network = arguments.layers or "plain", arguments.network or "dcgan"
     arguments.batch = arguments.batch or BATCH[arguments.game]
+    if arguments.plain is not None:
+        play_apart(arguments)
+        return
     report(measure, table, plotted, arguments)
 
 
