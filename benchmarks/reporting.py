@@ -43,7 +43,8 @@ def draw(plot: Plot, title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(xlabel=plot.what, title=title)
+    axes.set_xlabel(plot.what)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
 
