@@ -37,19 +37,23 @@ def test_the_page_of_results_is_what_the_files_say() -> None:
     assert done.returncode == 0, done.stderr
 
 
+LOWER = float(json.loads(BASE.read_text())["ratio_quartiles"][0])
+
+
 @pytest.mark.parametrize(
-    ("quartiles", "code"), [([2.4, 2.45], 0), ([9.0, 9.9], 0), ([2.1, 2.2], 0), ([1.9, 2.1], 1), ([0.5, 0.6], 1)]
+    ("share", "code"), [([1.03, 1.05], 0), ([4.0, 4.4], 0), ([0.9, 0.95], 0), ([0.8, 0.88], 1), ([0.2, 0.3], 1)]
 )
 def test_a_ratio_fell_where_its_better_quarter_is_below_the_worse_one_of_before_by_the_margin(
-    tmp_path: Path, quartiles: list[float], code: int
+    tmp_path: Path, share: list[float], code: int
 ) -> None:
+    quartiles = [LOWER * part for part in share]
     done = call("compare.py", BASE, changed(tmp_path, ratio=sum(quartiles) / 2, ratio_quartiles=quartiles))
     assert done.returncode == code, done.stderr
     assert f"ratio {json.loads(BASE.read_text())['ratio']:.2f} →" in (done.stderr if code else done.stdout)
 
 
 def test_the_margin_is_what_it_is_told(tmp_path: Path) -> None:
-    new = changed(tmp_path, ratio=2.15, ratio_quartiles=[2.1, 2.2])
+    new = changed(tmp_path, ratio=0.92 * LOWER, ratio_quartiles=[0.9 * LOWER, 0.95 * LOWER])
     assert call("compare.py", BASE, new, "--margin", "0").returncode == 1
     assert call("compare.py", BASE, new, "--margin", "1").returncode == 2
 
