@@ -73,6 +73,13 @@ def record(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def differ(old: Any, new: Any) -> bool:
+    """Whether two parts of recipes say otherwise; keys that an older version did not have are no difference."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return any(differ(old[key], new[key]) for key in old.keys() & new.keys())
+    return bool(old != new)
+
+
 def refuse_others(folder: Path, recipe: Recipe) -> None:
     """Raises InputError where a run that is there was trained by another game, seed or batch than the recipe's."""
     try:
@@ -90,7 +97,7 @@ def refuse_others(folder: Path, recipe: Recipe) -> None:
         ("data", "subset"),
     ]
     for section, key in wanted:
-        if key in old[section] and old[section][key] != new[section][key]:
+        if key in old[section] and differ(old[section][key], new[section][key]):
             raise InputError(
                 f"{folder}: was trained with another `{section}.{key}`; name another folder by --out, or take the override back"
             )
