@@ -8,7 +8,7 @@ bytes alone. What reducing adds to a step over what it takes alone is the share 
 
 The model: a step of the weak kind takes its time on one process, plus the exposed share of a ring all-reduce, 2 (W − 1) / W · bytes / bandwidth + 2 (W − 1) · latency.
 Latency and bandwidth are fitted to all-reduces of several sizes on the largest number of processes that was run; --bandwidth (GB/s) and --latency (µs) are those
-of another network, and make predictions for 8 to 1,024 processes. It assumes equal processes, one ring, no other traffic, and the exposed share that was measured.
+of another network, and make predictions for 8 to 1,024 processes. It assumes equal processes, one ring, no other traffic, and the exposed share that was measured; all of it where that cannot be told from noise.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from reporting import Plot, report
+from reporting import Plot, quartiles, report
 from step import RECIPES, one_step, processor, wait
 from torch.nn.parallel import DistributedDataParallel
 
 from gandist.check import read_recipe
+from gandist.cores import cores
 from gandist.data.pack import Options, Packing, pack
 from gandist.launcher import Stop, World
 from gandist.run import running, versions
@@ -105,12 +106,13 @@ def work(arguments: argparse.Namespace) -> None:
         }
         if wrapped:
             alone = reduce_seconds(found["bytes_per_step"], world.device, arguments.rounds)
-            exposed = statistics.median(a - b for a, b in zip(timings["step"], timings["local"], strict=True))
+            low, exposed, _ = quartiles([a - b for a, b in zip(timings["step"], timings["local"], strict=True)])
             found |= {
                 "local_seconds": timings["local"],
                 "reduce_alone_seconds": alone,
                 "reduce_exposed_seconds": exposed,
-                "overlap": 1 - min(1.0, max(0.0, exposed / alone)),
+                # Where what reducing adds cannot be told from nothing, neither can what is hidden of it.
+                "overlap": 1 - min(1.0, exposed / alone) if low > 0 else None,
                 "reduces": {str(size): reduce_seconds(size, world.device, arguments.rounds) for size in SIZES},
             }
         if world.leads:
@@ -146,8 +148,7 @@ def start(arguments: argparse.Namespace, folder: Path, processes: int, weak: boo
         "0",
     ]
     words += ["--multi_gpu"] * (processes > 1) + ["--num_processes", str(processes), __file__, *map(str, given)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = arguments.threads or max(1, cores // processes)
+    threads = arguments.threads or max(1, cores() // processes)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -173,7 +174,7 @@ def predicted(result: dict[str, Any], latency: float, bandwidth: float) -> dict[
     """Efficiency, weak, of many processes: the time of one step on one process over that on W."""
     most = max(result["weak"].values(), key=lambda one: one["ranks"])
     compute = statistics.median(result["weak"]["1"]["step_seconds"])
-    share = 1 - most.get("overlap", 0.0)
+    share = 1 - (most.get("overlap") or 0.0)
     found = {}
     for count in MANY:
         ring = 2 * (count - 1) / count * most["bytes_per_step"] / bandwidth + 2 * (count - 1) * latency
@@ -229,7 +230,7 @@ def table(result: dict[str, Any]) -> str:
             reduced = one["bytes_per_step"]
             lines.append(
                 f"| {kind} | {one['ranks']} | {one['threads']} | {one['images_per_second']:,.0f} | {one['images_per_second'] / ideal:.1%} | "
-                f"{reduced / 2**20:.2f} | {reduced / one['weights_bytes']:.3f} | {one.get('overlap', 1):.0%} |"
+                f"{reduced / 2**20:.2f} | {reduced / one['weights_bytes']:.3f} | {'' if one.get('overlap') is None else format(one['overlap'], '.0%')} |"
             )
     lines += [
         "",

@@ -265,10 +265,10 @@ def plain_loop(arguments: argparse.Namespace, recipe: Recipe, device: torch.devi
     players: list[nn.Module] = [side.build() for side in recipe.game.sides(data_spec(recipe.data)).values()]
     if arguments.layers == "plain":
         for part in (part for player in players for part in player.modules()):
-            if type(part) is Conv2d:  # and not one with a parametrisation, whose class is its own
-                part.__class__ = nn.Conv2d  # type: ignore[assignment]
-            elif type(part) is ConvTranspose2d:
-                part.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]
+            if isinstance(part, Conv2d):
+                part._conv_forward = partial(nn.Conv2d._conv_forward, part)  # type: ignore[method-assign]
+            elif isinstance(part, ConvTranspose2d):
+                part.forward = partial(nn.ConvTranspose2d.forward, part)  # type: ignore[method-assign]
     if arguments.game == "semi" and arguments.layers == "plain":
         players = [PlainGenerator(), PlainDiscriminator()]
     first, second = (player.to(device) for player in players)
@@ -284,7 +284,10 @@ class Apart:
 
     def __init__(self, recipe: Path) -> None:
         words = [sys.executable, __file__, *sys.argv[1:], "--plain", str(recipe)]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        self.process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.flops = self._answer("")
 
     def __enter__(self) -> Self:

@@ -16,7 +16,8 @@ QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota
 THREADS = "OMP_NUM_THREADS"
 # Parameters of glibc's mallopt: allocations from this size on are mappings of their own; the end of the heap goes back when it is longer;
 # and it grows by more than is asked for.
-KEPT = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 64 << 20}
+MAPPED = -3
+KEPT = {MAPPED: 1 << 30, -1: (1 << 31) - 1, -2: 64 << 20}
 
 
 def quota(paths: tuple[Path, ...] = QUOTAS) -> int | None:
@@ -81,5 +82,7 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return
-    for parameter, value in KEPT.items():
-        mallopt(parameter, value)
+    # An older glibc bounds the first, and with the others alone it would map even small tensors anew.
+    if mallopt(MAPPED, KEPT[MAPPED]) or mallopt(MAPPED, 32 << 20):
+        for parameter, value in KEPT.items():
+            mallopt(parameter, value)

@@ -110,7 +110,7 @@ def memory_in_words(recipe: Recipe, spec: Spec, ranks: int) -> str:
     except (RuntimeError, NotImplementedError, TypeError) as error:  # a loss that looks at values
         return f"not known: {str(error).splitlines()[0][:200]}"
     return (
-        f"{found / 2**20:,.1f} MiB at the worst moment of a step in {precision} on each process; what kernels take for themselves, data that waits "
+        f"{found / 2**20:,.1f} MiB at the worst moment of a step in {precision} on each process, as a CPU computes it; what kernels take for themselves, data that waits "
         "and the program apart"
     )
 
@@ -124,6 +124,8 @@ def peak_bytes(recipe: Recipe, spec: Spec, ranks: int, precision: str) -> int:
     assert isinstance(game, Game)
     with FakeTensorMode(allow_non_fake_inputs=True), Peak() as peak:
         players = make_players(recipe, spec, CPU, precision)
+        # DistributedDataParallel keeps gradients in buckets of its own.
+        buckets = [torch.empty(sum(p.numel() for p in one.parameters)) for one in players.values()] if ranks > 1 else []
         share = Share(game.parts(spec), recipe.run.batch, recipe.run.seed, CPU, 0, ranks, recipe.run.accumulate)
         parts, phases = _rows(spec, share), game.phases(spec)
         for step in _kinds(game, spec, Clock(recipe.run.batch, recipe.run.images)):
@@ -135,5 +137,8 @@ def peak_bytes(recipe: Recipe, spec: Spec, ranks: int, precision: str) -> int:
                 turns.append(play(players, clock, move, batches)[0])
             for turn in turns:
                 turn.finish()
+                if buckets:
+                    turn.player.optimizer.zero_grad()  # they lie in the buckets
+    del buckets
     most: int = peak.most
     return most

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from gandist.networks import DiscriminatorOptions, GeneratorOptions, dcgan, mlp, r3gan, resnet, signal
@@ -553,6 +554,24 @@ def test_a_heavy_convolution_between_small_maps_is_a_product_and_gives_the_same(
     for one, other in zip(*sides, strict=True):
         worst = float(((one - other).abs().max() / other.abs().max()).detach())
         assert worst < (1e-5 if precision == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(("outputs", "side"), [(16, 8), (512, 4)])
+def test_a_forward_has_one_power_iteration_whichever_way_it_is_computed(
+    outputs: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+
+    def iterated(norm: nn.Module, *given: Any, method: Any = parametrizations._SpectralNorm._power_method) -> None:
+        nonlocal count
+        count += 1
+        method(norm, *given)
+
+    layer = Conv2d(512, outputs, 3, padding=1)
+    normalise_spectra(layer)
+    monkeypatch.setattr(parametrizations._SpectralNorm, "_power_method", iterated)
+    layer(torch.randn(1, 512, side, side))
+    assert count == 1
 
 
 def test_halving_is_the_mean_of_the_pixels_that_are_there() -> None:

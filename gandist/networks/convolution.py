@@ -96,7 +96,9 @@ def _as_product(layer: nn.Conv2d | nn.ConvTranspose2d, images: Tensor, places: i
     square = len({*layer.kernel_size}) == len({*layer.stride}) == len({*layer.padding}) == 1
     if images.device.type != "cpu" or torch.compiler.is_compiling() or not (plain and square):
         return False
-    return layer.weight.numel() >= HEAVY and places <= FEW.get(_precision(images), 0)
+    # Not by `layer.weight`, which a parametrisation computes anew, and a spectral norm by a power iteration.
+    weights = layer.in_channels * layer.out_channels * layer.kernel_size[0] ** 2
+    return weights >= HEAVY and places <= FEW.get(_precision(images), 0)
 
 
 def _sizes(layer: nn.Conv2d | nn.ConvTranspose2d) -> Sizes:
