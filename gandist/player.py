@@ -229,6 +229,11 @@ class Player:
         begun.set_result(gradients)
         return begun
 
+    def wait(self) -> None:
+        """Until the gradients of the last turn are those of all processes."""
+        while self._reducing:
+            self._reducing.pop(0).wait()
+
     def settle(self) -> None:
         """Ends a turn whose gradients are still being reduced. Whoever asks for the player's weights or numbers comes here first, so that
         what does not depend on them is computed meanwhile."""
@@ -325,8 +330,7 @@ class Player:
 
         The device is never waited for.
         """
-        while self._reducing:
-            self._reducing.pop(0).wait()
+        self.wait()
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._pull_to_history()

@@ -440,6 +440,7 @@ def _of_two(data: str) -> tuple[float, list[list[float]]]:
     with at.players["generator"].turn(0, BATCH, hold=True) as turn:
         loss, _ = at.game.generator_loss(at.players, at.draw(0), at.clock)
         turn.backward(loss)
+    at.players["generator"].wait()
     return float(loss), [p.grad.flatten().tolist() for p in at.players["generator"].parameters if p.grad is not None]
 
 
