@@ -212,6 +212,7 @@ def _with_r1() -> list[Tensor]:
     player = Player("d", _critic(), PlayerOptions(), device=CPU)
     with player.turn(0, 8) as turn:
         turn.backward(_penalised(player, data))
+    player.settle()
     return [_gradients(module) for module in (alone, whole, plain, static, player.module)]
 
 
