@@ -267,7 +267,7 @@ def test_a_shard_that_goes_off_the_server_stops_all_ranks_and_back_again_the_run
     base = ("train", recipe(), IMAGES, *ORDERS[order])
     cache = [f"data.cache={tmp_path / 'cache'}", *[f"data.cache_gib={CACHE / 2**30:.9f}"] * (order == "window")]
     result = run(*base, f"data.path={url}", *cache, ranks=2, GANDIST_EXIT_FILE=str(note))
-    assert time.monotonic() - site.files.since < 30
+    assert time.monotonic() - site.files.since < 30, result.out
     images = check_the_loss(result, tmp_path / "run", f"{url}/{LOST}: ", note)
     assert 0 < images < 1600
     site.files.lost = ""
