@@ -42,7 +42,7 @@ from typing import Any, NamedTuple, Self
 import psutil
 import torch
 from loops import Plain, PlainDiscriminator, PlainGenerator, PlainSegment, PlainSemi, Tuned
-from reporting import Plot, report
+from reporting import Plot, quartiles, report
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -202,11 +202,9 @@ def one_step(run: Run, stop: Stop, step: Stepper) -> None:
     run.clock.advance()
 
 
-def quartiles(others: list[float], ours: list[float]) -> tuple[float, float, float]:
+def ratios(others: list[float], ours: list[float]) -> tuple[float, float, float]:
     """Of how many times as fast we were in each round: lower quartile, median, upper quartile."""
-    ratios = sorted(other / own for other, own in zip(others, ours, strict=True))
-    quarter = len(ratios) // 4
-    return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
+    return quartiles([other / own for other, own in zip(others, ours, strict=True)])
 
 
 class Busy(NamedTuple):
@@ -378,7 +376,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             arithmetic["tuned"] = flops(here["tuned"], arguments.batch)
         graphs = step.why_not or "yes" if world.device.type == "cuda" else "no: there is no GPU"
     stop.close()
-    against = {name: quartiles(timings[name], timings["trainer"]) for name in timings if name != "trainer"}
+    against = {name: ratios(timings[name], timings["trainer"]) for name in timings if name != "trainer"}
     low, middle, high = against["plain"]
     speeds = {name: arguments.batch / statistics.median(values) for name, values in timings.items()}
     peaks = {name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})}

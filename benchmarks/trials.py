@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gandist.cores import cores
 from gandist.recipe import Failure, InputError
 
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ class Trial(NamedTuple):
 
     folder: Path
     overrides: list[str]
-
-
-def cores() -> int:
-    """Of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train(recipe: Path, trial: Trial, threads: int) -> None:

@@ -249,9 +249,8 @@ class Gan(Generative):
     def generator_loss(self, players: Players, batch: Batch, clock: Clock, /) -> tuple[Tensor, dict[str, Tensor]]:
         generator, discriminator, labels = players["generator"], players["discriminator"], self._labels(batch)
         noise = self.fresh_latents(batch, "generator" if self.fresh_noise else "discriminator")
-        made = _made(
-            generator, noise, labels
-        )  # before anything is asked of the discriminator, whose gradients may be on their way
+        # Before anything is asked of the discriminator, whose gradients may be on their way.
+        made = _made(generator, noise, labels)
         verdict = discriminator(self._augmentation(discriminator, batch, "generator/fake")(made), labels)
         real: Judged | None = None
         if ADVERSARIAL[self.loss].reads_real or self.regularisers.feature_matching is not None:
