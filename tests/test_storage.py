@@ -689,6 +689,20 @@ def test_a_half_written_file_is_never_taken_for_the_file_and_goes_with_time(
     assert (half.exists(), fresh.exists()) == (False, True)
 
 
+def test_all_that_open_a_new_cache_at_once_get_it(server: Server, tmp_path: Path) -> None:
+    count = 8
+    ready = threading.Barrier(count)
+
+    def opened(number: int) -> None:
+        ready.wait()
+        Cache(Store.at(server.url), tmp_path / str(number), 1).close()
+
+    for number in range(200):
+        with ThreadPoolExecutor(count) as pool:
+            for done in [pool.submit(opened, number) for _ in range(count)]:
+                done.result()
+
+
 def test_a_folder_with_other_files_is_not_taken_as_a_cache(server: Server, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match="holds other files; a cache needs a folder of its own"):

@@ -30,7 +30,8 @@ class Cache:
         self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / MARK).exists() and any(folder.iterdir()):  # `keep` removes files: not a stranger's
+            # `keep` removes files: not a stranger's. The mark is looked for last: a process beside this one writes it first.
+            if any(folder.iterdir()) and not (folder / MARK).exists():
                 raise InputError(f"{folder}: holds other files; a cache needs a folder of its own")
             (folder / MARK).touch()
         except OSError as error:
