@@ -22,13 +22,13 @@ from accelerate.commands.launch import launch_command_parser
 
 from gandist.cores import keep_memory, launched, share_cores
 from gandist.recipe import InputError
+from gandist.sharding import Sharding, wanted
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _PLUGINS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 _PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -109,7 +109,7 @@ def refuse_plugins() -> None:
     for variable, name in _PLUGINS.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise InputError(
-                f"accelerate was told to use {name}, which gandist does not serve; use `--multi_gpu` (DDP)"
+                f"accelerate was told to use {name}, which gandist does not serve; use `--multi_gpu` (DDP), or `--use_fsdp --fsdp_version 2`"
             )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if backend.upper() != "NO":
@@ -128,11 +128,13 @@ class World:
     precision: Precision
     reason: str
     control: Any = None  # a gloo group for decisions, so that no decision waits for a GPU
+    sharding: Sharding | None = None
 
     @classmethod
     def join(cls, precision: str, accumulate: int = 1) -> World:
         """Joins the processes that the launcher started; raises InputError where it did not do as told."""
         refuse_plugins()
+        sharding = wanted()
         settings = told()
         accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
         if accumulation not in (1, accumulate):
@@ -145,15 +147,20 @@ class World:
         # Without `cpu=True` a machine without accelerator gets separate single processes, and nobody says so.
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
         count = accelerator.num_processes
-        wanted = max(ranks(), int(settings.get("num_processes", 1)))
-        if count != wanted:
+        expected = max(ranks(), int(settings.get("num_processes", 1)))
+        if count != expected:
             raise InputError(
-                f"accelerate was told to start {wanted} processes, and {count} runs; "
+                f"accelerate was told to start {expected} processes, and {count} runs; "
                 "on a machine without GPU, too, that takes `accelerate launch --multi_gpu --num_processes N` (not --cpu)"
             )
         chosen, reason = choose_precision(precision, accelerator.device, settings)
+        if sharding is not None and chosen == "fp16":
+            raise InputError(
+                "fp16 is not served beside FSDP, whose processes would each scale losses on their own; use bf16 or fp32"
+            )
         control = dist.new_group(backend="gloo") if count > 1 else None
-        return cls(accelerator.device, accelerator.process_index, count, chosen, reason, control)
+        sharding = sharding if count > 1 else None  # one process has all rows
+        return cls(accelerator.device, accelerator.process_index, count, chosen, reason, control, sharding)
 
     @property
     def leads(self) -> bool:

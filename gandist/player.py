@@ -20,6 +20,7 @@ from gandist import penalties
 from gandist.networks.blocks import recompute
 from gandist.optimizers import OPTIMIZERS, AdamOptions, Images, OptimizerOptions, ScheduleOptions
 from gandist.recipe import Choice, Section, harmless
+from gandist.sharding import Sharding, Shards, Weights, share, whole
 
 Item = TypeVar("Item")
 
@@ -148,22 +149,28 @@ class Player:
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         remembered: Remembered = Remembered(),  # noqa: B008 - an immutable tuple
         compiled: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
         self.name, self.options, self.device = name, options, device
-        self.module = _placed(module, device)
+        # What is too large for a device is placed in parts.
+        self.module = _placed(module, device) if sharding is None else module
         self.module.train()
         self.dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.ema = _twin(self.module).eval().requires_grad_(False) if options.ema else None
-        self._begin_average()
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        if options.activation_checkpointing:
+        if options.activation_checkpointing or (sharding is not None and sharding.activation_checkpointing):
             recompute(self.module)
+        kept: Callable[[nn.Module], Weights] = (
+            Weights if sharding is None else lambda module: Shards(module, device, sharding)
+        )
+        self.weights = kept(self.module)
+        self.averages = kept(self.ema) if self.ema is not None else None
         self.compiled = compiled
         self.computed = _compiled(self.module) if compiled else self.module
         self.wrapped = (
             DistributedDataParallel(self.computed, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
-            if self.ranks > 1
+            if self.ranks > 1 and sharding is None
             else self.computed
         )
         # A turn that has ended, and whose gradients are still on their way.
@@ -172,7 +179,8 @@ class Player:
         self.reduced_bytes = 0  # of gradients, since the start
         if isinstance(self.wrapped, DistributedDataParallel):
             self.wrapped.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # torch reads annotations
-        self.parameters = list(self.module.parameters())
+        self._begin_average()
+        self.parameters = [*self.weights.rows.values()]  # what the optimizer moves
         self._statistics = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._spectral = [m for m in self.module.modules() if isinstance(m, parametrizations._SpectralNorm)]
         self._averaged_norms = _spectral_norms(self.ema) if self.ema is not None else []
@@ -187,7 +195,7 @@ class Player:
         self._observed: dict[str, list[Tensor]] = {}
         self.history: dict[str, Tensor] = {}  # the mean of all earlier weights, for historical averaging
         if options.historical_averaging is not None:
-            self.history = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+            self.history = {name: p.detach().clone() for name, p in self.weights.rows.items()}
             self.history["steps"] = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)  # turns without a step, for gradients that were not finite
         self.skipped_in_a_row = torch.zeros((), device=device)
@@ -212,6 +220,8 @@ class Player:
         And as it is written: the backward of what was compiled has no backward of its own.
         """
         self.settle()
+        if self.moving:
+            self.weights.gather()  # a gradient of a gradient finds the weights where they were
         written = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with torch.autocast(self.device.type, enabled=False), written:
             return (self.wrapped if self.moving else self.computed)(*inputs)
@@ -259,8 +269,10 @@ class Player:
 
     def _freeze(self) -> None:
         self.moving = False
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
+        self.weights.require_gradients(False)
+        self._hold_still()
+
+    def _hold_still(self) -> None:
         for layer in self._statistics:
             layer.track_running_stats = False  # in training mode: normalise by the batch, and remember nothing
         for norm in self._spectral:
@@ -268,8 +280,8 @@ class Player:
 
     def _thaw(self) -> None:
         self.moving = True
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
+        self.weights.require_gradients(True)
+        self.weights.begin()
         for layer in self._statistics:
             layer.track_running_stats = True
         for norm in self._spectral:
@@ -290,6 +302,7 @@ class Player:
         self._thaw()
         try:
             yield turn
+            self.weights.collect()
         finally:
             self._freeze()
         assert turn.left == 0, f"{self.name}: {turn.left} of {micro_batches} micro-batches had no backward"
@@ -331,10 +344,10 @@ class Player:
         The device is never waited for.
         """
         self.wait()
+        self.weights.spread()  # who called it since the turn has ended may have left it whole
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._pull_to_history()
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        gradients, norm = self.weights.gradients(), self.weights.norm()
         bad = (~torch.isfinite(norm)).float()
         self._note_history(bad)
         if self.options.clip_norm is not None:
@@ -354,6 +367,16 @@ class Player:
         return norm, bad
 
     @torch.no_grad()
+    def distance_to_history(self) -> Tensor:
+        """Σ ‖θ − θ̄‖² of all weights."""
+
+        def distance(names: Iterable[str]) -> Tensor:
+            pairs = [(self.weights.rows[name], self.history[name]) for name in names]
+            return penalties.distance_to_history([now for now, _ in pairs], [mean for _, mean in pairs])
+
+        return self.weights.total(distance)
+
+    @torch.no_grad()
     def _pull_to_history(self) -> None:
         """Adds the gradient of w ‖θ − θ̄‖², θ̄ the mean of the weights at all earlier steps (Salimans et al. 2016, section 3.3).
 
@@ -361,7 +384,7 @@ class Player:
         """
         if self.options.historical_averaging is None:
             return
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.weights.rows.items():
             if parameter.grad is not None:
                 parameter.grad.add_(parameter - self.history[name], alpha=2 * self.options.historical_averaging)
 
@@ -371,7 +394,7 @@ class Player:
         if self.options.historical_averaging is None:
             return
         steps = self.history["steps"].add_(1 - bad)
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.weights.rows.items():
             self.history[name].add_((parameter - self.history[name]) * (1 - bad) / steps.clamp_min(1))
 
     @torch.no_grad()
@@ -404,10 +427,10 @@ class Player:
 
     @torch.no_grad()
     def _average(self) -> None:
-        if self.ema is None:
+        if self.ema is None or self.averages is None:
             return
-        averages: list[Tensor] = [*self.ema.parameters()]
-        values: list[Tensor] = [*self.module.parameters()]
+        averages: list[Tensor] = [*self.averages.rows.values()]
+        values: list[Tensor] = [*self.parameters]
         for average, value in zip(self.ema.buffers(), self.module.buffers(), strict=True):
             if value.is_floating_point():
                 averages.append(average)
@@ -422,13 +445,27 @@ class Player:
         else:
             torch._foreach_lerp_(averages, values, weight)
         for original, norm in self._averaged_norms:
-            norm.train()(original)  # a power iteration, which makes the mean of unit vectors one again
+            norm.train()(whole(original))  # a power iteration, which makes the mean of unit vectors one again
             norm.eval()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Every process has all weights, the average's too, so that each may use them as it likes; all call it together."""
+        self.settle()
+        several = [weights for weights in (self.weights, self.averages) if weights is not None]
+        for weights in several:
+            weights.gather()
+        try:
+            yield
+        finally:
+            for weights in several:
+                weights.spread()
 
     @contextmanager
     def evaluating(self, average: bool = True) -> Iterator[nn.Module]:
         """The module to judge or to use: the EMA where there is one and `average` is true, in evaluation mode, without gradients."""
         self.settle()
+        assert self.weights.whole, f"{self.name}: one process uses it, and all have to have `gathered` it"
         module = self.ema if self.ema is not None and average and self._average_has_begun() else self.module
         training = module.training
         module.eval()
@@ -439,42 +476,74 @@ class Player:
                 yield module
         finally:
             module.train(training)
-            self._freeze()
+            self._hold_still()
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint holds, by file and name, as references: weights, EMA and the optimizer's moments."""
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        """All that this process keeps of what a checkpoint holds, by part and name."""
         self.settle()
-        names = {id(p): name for name, p in self.module.named_parameters()}
+        names = {id(p): name for name, p in self.weights.rows.items()}
         moments = {
             f"{names[id(parameter)]}/{key}": value
             for parameter, state in self.optimizer.state.items()
             for key, value in state.items()
         }
-        found = {"": dict(self.module.state_dict()), "optimizer": moments}
-        if self.ema is not None:
-            found["ema"] = dict(self.ema.state_dict())
+        found = {"": self.module.state_dict() | self.weights.rows, "optimizer": moments}
+        if self.ema is not None and self.averages is not None:
+            found["ema"] = self.ema.state_dict() | self.averages.rows
         for part, kept in {"memory": self.memory, "history": self.history}.items():
             if kept:
-                found[part] = dict(kept)
+                found[part] = kept
+        return {part: {name: tensor.detach() for name, tensor in tensors.items()} for part, tensors in found.items()}
+
+    def _weight_of(self, part: str, name: str, tensor: Tensor) -> str | None:
+        """The weight that a tensor has the rows of."""
+        weight = name.rpartition("/")[0] if part == "optimizer" else name
+        return weight if weight in self.weights.rows and tensor.ndim else None
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint holds, by part and name: weights, EMA and the optimizer's moments.
+
+        As references; of weights that are spread over the processes, which must all call it, as copies with values on rank 0 alone.
+        """
+        found = self._state()
+        for part, tensors in found.items():
+            for name, tensor in tensors.items():
+                if (weight := self._weight_of(part, name, tensor)) is not None:
+                    tensors[name] = self.weights.complete(weight, tensor)
         return found
 
     @torch.no_grad()
+    def take(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Has on every process what rank 0 has in some or all of what `tensors` gave, and may have written to; all call it together."""
+        state = self._state()
+        for part, tensors in parts.items():
+            for name, tensor in tensors.items():
+                if self._weight_of(part, name, tensor) is not None:
+                    self.weights.take(state[part][name], tensor)
+                else:
+                    share(tensor)
+
+    @torch.no_grad()
     def _begin_average(self) -> None:
-        if self.ema is not None and self.options.ema is not None and self.options.ema.from_zero:
-            torch._foreach_zero_([*self.ema.parameters()])
+        if self.averages is not None and self.options.ema is not None and self.options.ema.from_zero:
+            torch._foreach_zero_([*self.averages.rows.values()])
 
     def _average_has_begun(self) -> bool:
         """Whether an average from zero has had its first step; what weights of zero compute is nothing."""
         from_zero = self.options.ema is not None and self.options.ema.from_zero
         return not from_zero or (self.ema is not None and any(bool(p.any()) for p in self.ema.parameters()))
 
+    @torch.no_grad()
     def restart_average(self) -> None:
         """The average and the history begin again from the weights."""
-        if self.ema is not None:
-            self.ema.load_state_dict(self.module.state_dict())
+        if self.ema is not None and self.averages is not None:
+            torch._foreach_copy_([*self.averages.rows.values()], [*self.weights.rows.values()])
+            for average, value in zip(self.ema.buffers(), self.module.buffers(), strict=True):
+                average.copy_(value)
             self._begin_average()
         for name, kept in self.history.items():
-            kept.copy_(self.module.get_parameter(name).detach() if name != "steps" else torch.zeros_like(kept))
+            kept.copy_(self.weights.rows[name] if name != "steps" else torch.zeros_like(kept))
 
     def numbers(self) -> dict[str, Any]:
         """The part of the state that is no tensor: the loss scaler's five numbers, where there is one."""
@@ -498,8 +567,8 @@ class Turn:
     def accumulate(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Yields the micro-batches; all forwards and backwards but the last one's stay local."""
         for batch in batches:
-            wrapped = self.player.wrapped
-            left = self.left
+            wrapped, left = self.player.wrapped, self.left
+            self.player.weights.reduce(now=left == 1)
             with wrapped.no_sync() if left > 1 and isinstance(wrapped, DistributedDataParallel) else nullcontext():
                 yield batch
             assert self.left == left - 1, f"{self.player.name}: a micro-batch needs exactly one backward"

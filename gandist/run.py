@@ -9,7 +9,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,20 @@ from gandist.health import Health
 from gandist.launcher import World
 from gandist.log import Bar, Log, Meter
 from gandist.metrics.duplicates import duplicates
-from gandist.penalties import distance_to_history
 from gandist.pictures import captioned, sheet, shown
 from gandist.player import Player
 from gandist.recipe import Failure, InputError, Recipe
 from gandist.seeding import derive
+from gandist.sharding import Sharding
 
 MAX_RATIO = 1e9  # of gradients that is logged; more, where one has vanished
 MAX_SKIPPED = 100  # turns in a row without a finite gradient: the game is lost
 MAX_FAILED_SAVES = 3
 
 
-def make_players(recipe: Recipe, spec: Spec, device: torch.device, precision: Any) -> dict[str, Player]:
+def make_players(
+    recipe: Recipe, spec: Spec, device: torch.device, precision: Any, sharding: Sharding | None = None
+) -> dict[str, Player]:
     """The players with their initial weights, which depend on the seed and each player's name alone."""
     assert isinstance(recipe.game, Game)
     players = {}
@@ -49,7 +51,7 @@ def make_players(recipe: Recipe, spec: Spec, device: torch.device, precision: An
         torch.manual_seed(derive(recipe.run.seed, f"weights/{name}"))
         players[name] = Player(
             name, side.build(), side.options, device=device, precision=precision, remembered=side.remembered,
-            compiled=recipe.run.compile,
+            compiled=recipe.run.compile, sharding=sharding,
         )  # fmt: skip
     return players
 
@@ -92,7 +94,7 @@ class Run:
         self._refuse_oversized()
         world.lead(self._refuse_unfit)
         resuming = world.lead(lambda: self._open_folder(init_from))
-        self.players = make_players(recipe, self.spec, world.device, world.precision)
+        self.players = make_players(recipe, self.spec, world.device, world.precision, world.sharding)
         if resuming:
             self._resume()
         elif init_from is not None:
@@ -146,6 +148,8 @@ class Run:
             with torch.device("meta"):
                 weights = sum(weight.numel() * weight.element_size() for weight in side.build().parameters())
             needed = weights * (4 + (side.options.ema is not None))  # gradients, two moments, the average
+            if self.world.sharding is not None:
+                needed //= self.world.ranks
             if needed > there:
                 raise InputError(
                     f"`game.{name}.network`: its weights, gradients and moments are {needed / 2**30:,.0f} GiB, and the device has "
@@ -157,6 +161,13 @@ class Run:
         that a new run starts from is not there."""
         if not (self.folder / "recipe.yaml").exists():
             self.game.refuse_unready()
+            if self.world.sharding is not None and self.game.starts:
+                raise InputError(
+                    "its initial weights depend on data or on a file, which no process reads into weights that are spread (FSDP): begin the run "
+                    "with `--multi_gpu`, stop it, and go on with FSDP"
+                )
+        if self.world.sharding is not None and self.recipe.run.compile:
+            raise InputError("`run.compile` is not served beside FSDP; leave one of them out")
         if self.recipe.data.subset is not None and self.recipe.data.reader == "index":
             refuse_leaks(self.recipe.data)
         return 0
@@ -238,23 +249,25 @@ class Run:
                 )
             )
 
-    def _files(self) -> checkpoint.Files:
-        return {
-            f"{name}.{part}" if part else name: tensors
-            for name, player in self.players.items()
-            for part, tensors in player.tensors().items()
-        }
+    def _parts(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """All tensors by player, part and name; all processes ask together."""
+        return {name: player.tensors() for name, player in self.players.items()}
 
-    def _share(self, files: checkpoint.Files) -> None:
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Around what may use players on some processes and not on others."""
+        with ExitStack() as several:
+            for player in self.players.values():
+                several.enter_context(player.gathered())
+            yield
+
+    def _take(self, parts: dict[str, dict[str, dict[str, Tensor]]]) -> None:
         """Gives every rank what rank 0 has read."""
-        if self.world.ranks > 1:
-            for tensors in files.values():
-                for tensor in tensors.values():
-                    dist.broadcast(tensor, 0)
+        for name, player in self.players.items():
+            player.take(parts[name])
 
     def _resume(self) -> None:
-        files = self._files()
-        found = self.found
+        parts, found = self._parts(), self.found
 
         def restore() -> int:
             assert found is not None
@@ -264,12 +277,12 @@ class Run:
             for name, player in self.players.items():
                 if name not in state.players or state.players[name].keys() != player.numbers().keys():
                     raise Failure(f"{found.folder}: its state of the {name} is not one of this recipe")
-            for name, tensors in files.items():
+            for name, tensors in _files(parts).items():
                 found.restore(name, tensors)
             return found.state.step
 
         self.clock.step = self.world.lead(restore)
-        self._share(files)
+        self._take(parts)
         for name, player in self.players.items():
             numbers = found.state.players[name] if found is not None else player.numbers()
             values = torch.tensor(list(numbers.values()), dtype=torch.float64)
@@ -282,15 +295,15 @@ class Run:
 
     def _start_from(self) -> None:
         """Old weights, new everything else: the averages begin again from the weights."""
-        files = {name: tensors for name, tensors in self._files().items() if name in self.players}
+        weights = {name: {"": parts[""]} for name, parts in self._parts().items()}
 
         def restore() -> int:
-            for name, tensors in files.items():
+            for name, tensors in _files(weights).items():
                 self.origin.restore(name, tensors)
             return 0
 
         self.world.lead(restore)
-        self._share(files)
+        self._take(weights)
         for player in self.players.values():
             player.restart_average()
 
@@ -327,7 +340,7 @@ class Run:
             return 0
 
         self.world.lead(start)
-        self._share({name: tensors for name, tensors in self._files().items() if name in self.players})
+        self._take({name: {"": parts[""]} for name, parts in self._parts().items()})
         for player in self.players.values():
             player.restart_average()
 
@@ -338,6 +351,7 @@ class Run:
         if resuming:
             say(f"going on at {self.clock.images:,} images from {self.found.folder}" if self.found else "")
         where = "1 process" if self.world.ranks == 1 else f"{self.world.ranks} processes"
+        where += ", their weights spread (FSDP2)," if self.world.sharding is not None else ""
         say(f"{self.folder}: {where} on {self.world.device.type}, {self.world.precision} ({self.world.reason})")
         if self.clock.done:
             say(f"all {self.recipe.run.images:,} images are done; a larger `run.images` trains on")
@@ -434,9 +448,7 @@ class Run:
             values[f"learning_rate/{name}"] = player.learning_rate
             values[f"skipped/{name}"] = float(player.skipped)
             if player.history:
-                here = dict(player.module.named_parameters())
-                distance = distance_to_history(here.values(), [player.history[key] for key in here])
-                values[f"distance_to_history/{name}"] = float(distance)
+                values[f"distance_to_history/{name}"] = float(player.distance_to_history())
             if float(player.skipped_in_a_row) >= MAX_SKIPPED:
                 raise Failure(
                     f"{name}: no finite gradient in {MAX_SKIPPED} steps up to {self.clock.images} images: training has diverged; "
@@ -481,7 +493,9 @@ class Run:
             self.bar.say(f"{self.clock.images:,} images: {finding}: {advice}")
 
     def _sample(self) -> None:
-        if self._log:
+        with self._gathered():
+            if not self._log:
+                return
             count, seed = shown(self.spec), self.recipe.run.seed
             made = torch.cat([*self.game.samples(self.players, self.spec, count, seed, self._some_rows)])
             classes = self.game.classes(self.spec) if isinstance(self.game, Generative) else None
@@ -497,7 +511,8 @@ class Run:
         assert self.evaluator is not None
         began = time.monotonic()
         try:
-            found = self.evaluator(self.players)
+            with self._gathered():
+                found = self.evaluator(self.players)
             if found is not None and self._log:
                 write_evaluation(self.folder, self.clock.images, found, channels(self.spec))
                 for name, panels in (
@@ -521,6 +536,7 @@ class Run:
 
     def _save(self, last: bool) -> None:
         """Rank 0 writes; a disk that fails costs one checkpoint, unless it is the last or fails again and again."""
+        parts = self._parts()
 
         def write() -> int:
             state = checkpoint.State(
@@ -541,7 +557,7 @@ class Run:
             assert self._log is not None
             try:
                 folder = checkpoint.save(
-                    self.folder / "checkpoints", state, self._files(), self.recipe.run.keep_checkpoints
+                    self.folder / "checkpoints", state, _files(parts), self.recipe.run.keep_checkpoints
                 )
             except OSError as error:
                 self.failed_saves += 1
@@ -564,6 +580,15 @@ class Run:
         self.stream.close()
         if self._log:
             self._log.close()
+
+
+def _files(players: dict[str, dict[str, dict[str, Tensor]]]) -> checkpoint.Files:
+    """The tensors of players by the names of their files."""
+    return {
+        f"{name}.{part}" if part else name: tensors
+        for name, parts in players.items()
+        for part, tensors in parts.items()
+    }
 
 
 @contextmanager

@@ -194,26 +194,33 @@ def gandist(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return call
 
 
-def command(*arguments: object, ranks: int = 1) -> list[str]:
+DDP, FSDP2 = ("--multi_gpu",), ("--use_fsdp", "--fsdp_version", "2")
+
+
+def command(*arguments: object, ranks: int = 1, launch: tuple[str, ...] = DDP) -> list[str]:
     """`gandist …`, or `accelerate launch … -m gandist …` as a user would start it on a machine without GPU."""
     words = [sys.executable, "-m", "gandist"]
     if ranks > 1:
-        words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+        words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch]
         words += ["--num_machines", "1", "--num_processes", str(ranks), "--main_process_port", "0", "-m", "gandist"]
     return [*words, *map(str, arguments)]
 
 
-def start(*arguments: object, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: object, ranks: int = 1, launch: tuple[str, ...] = DDP, **environment: str
+) -> subprocess.Popen[str]:
     """Starts a command in a session of its own."""
     return subprocess.Popen(
-        command(*arguments, ranks=ranks), env={**ENVIRONMENT, **environment}, cwd=ROOT, text=True,
+        command(*arguments, ranks=ranks, launch=launch), env={**ENVIRONMENT, **environment}, cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
-def run(*arguments: object, ranks: int = 1, timeout: float = 120, **environment: str) -> Result:
+def run(
+    *arguments: object, ranks: int = 1, launch: tuple[str, ...] = DDP, timeout: float = 120, **environment: str
+) -> Result:
     """Runs a command to its end; one that hangs is killed and fails."""
-    process = start(*arguments, ranks=ranks, **environment)
+    process = start(*arguments, ranks=ranks, launch=launch, **environment)
     try:
         out, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
