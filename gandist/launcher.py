@@ -19,10 +19,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from gandist.cores import keep_memory, launched, share_cores
 from gandist.recipe import InputError
-from gandist.sharding import Sharding, wanted
+from gandist.sharding import Sharding
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -118,6 +120,35 @@ def refuse_plugins() -> None:
         )
 
 
+def wanted_sharding(precision: Precision) -> Sharding | None:
+    """What `accelerate launch` was told of FSDP, read by Accelerate's own plugin; raises InputError for what is not served."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
+        return None
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise InputError(f"accelerate was told to use FSDP {version}; gandist serves FSDP2: add `--fsdp_version 2`")
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except ValueError as error:
+        raise InputError(f"accelerate was told to use FSDP, and its settings are refused: {error}") from None
+    unserved = {
+        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_auto_wrap_policy": os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() != "NO_WRAP",
+        "fsdp_activation_checkpointing_offload": getattr(plugin, "activation_checkpointing_offload", False),
+        "fsdp_ignored_modules": plugin.ignored_modules is not None,
+    }
+    for name, told in unserved.items():
+        if told:
+            raise InputError(
+                f"accelerate was told `--{name}`, which gandist does not serve: its networks name their own blocks; leave it out"
+            )
+    if precision == "fp16":
+        raise InputError(
+            "fp16 is not served beside FSDP, where each process would scale its losses on its own; use bf16 or fp32"
+        )
+    return Sharding(bool(plugin.reshard_after_forward), bool(plugin.activation_checkpointing))
+
+
 @dataclass(frozen=True)
 class World:
     """All processes of a run, as one of them sees them."""
@@ -134,7 +165,6 @@ class World:
     def join(cls, precision: str, accumulate: int = 1) -> World:
         """Joins the processes that the launcher started; raises InputError where it did not do as told."""
         refuse_plugins()
-        sharding = wanted()
         settings = told()
         accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
         if accumulation not in (1, accumulate):
@@ -154,10 +184,7 @@ class World:
                 "on a machine without GPU, too, that takes `accelerate launch --multi_gpu --num_processes N` (not --cpu)"
             )
         chosen, reason = choose_precision(precision, accelerator.device, settings)
-        if sharding is not None and chosen == "fp16":
-            raise InputError(
-                "fp16 is not served beside FSDP, whose processes would each scale losses on their own; use bf16 or fp32"
-            )
+        sharding = wanted_sharding(chosen)
         control = dist.new_group(backend="gloo") if count > 1 else None
         sharding = sharding if count > 1 else None  # one process has all rows
         return cls(accelerator.device, accelerator.process_index, count, chosen, reason, control, sharding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,14 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from gandist.networks.blocks import blocks
-from gandist.recipe import InputError
 
 _reduce_scatter: Callable[[Tensor, Tensor], Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -31,31 +28,6 @@ class Sharding:
 
     by_block: bool = True
     activation_checkpointing: bool = False
-
-
-def wanted() -> Sharding | None:
-    """What `accelerate launch` was told of FSDP, read by Accelerate's own plugin; raises InputError for what is not served."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
-        return None
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise InputError(f"accelerate was told to use FSDP {version}; gandist serves FSDP2: add `--fsdp_version 2`")
-    try:
-        plugin = FullyShardedDataParallelPlugin()
-    except ValueError as error:
-        raise InputError(f"accelerate was told to use FSDP, and its settings are refused: {error}") from None
-    unserved = {
-        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "fsdp_auto_wrap_policy": os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() != "NO_WRAP",
-        "fsdp_activation_checkpointing_offload": getattr(plugin, "activation_checkpointing_offload", False),
-        "fsdp_ignored_modules": plugin.ignored_modules is not None,
-    }
-    for name, told in unserved.items():
-        if told:
-            raise InputError(
-                f"accelerate was told `--{name}`, which gandist does not serve: its networks name their own blocks; leave it out"
-            )
-    return Sharding(bool(plugin.reshard_after_forward), bool(plugin.activation_checkpointing))
 
 
 class Weights:

@@ -17,7 +17,7 @@ LAYERS = [
     {"losses", "penalties", "augment", "networks", "tensors", "weights", "palette", "maps", "pairs", "windows"},
     {"exported"},
     {"metrics"},
-    {"optimizers"},
+    {"optimizers", "sharding"},
     {"player"},
     {"game"},
     {"games"},

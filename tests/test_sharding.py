@@ -14,14 +14,15 @@ from conftest import FSDP2, ROOT, Table, on_ranks, open_stream, packed, run, sce
 from torch import Tensor
 
 from gandist import checkpoint
+from gandist.check import read_recipe
 from gandist.data.opening import data_spec
 from gandist.game import GAMES, Clock, Game
-from gandist.launcher import World
+from gandist.launcher import World, wanted_sharding
 from gandist.log import Meter
 from gandist.player import Player
 from gandist.recipe import DataOptions, InputError, Recipe, RunOptions
-from gandist.run import make_players
-from gandist.sharding import Sharding, Shards, wanted
+from gandist.run import Run, make_players
+from gandist.sharding import Sharding, Shards
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -225,17 +226,43 @@ def test_segments_are_scored_while_weights_are_spread(gandist: Callable, tmp_pat
 def test_settings_of_fsdp_that_are_not_served_are_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str
 ) -> None:
-    assert wanted() is None
+    assert wanted_sharding("bf16") is None
     for name, value in {"ACCELERATE_USE_FSDP": "true", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words):
-        wanted()
+        wanted_sharding("bf16")
 
 
 def test_accelerates_settings_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert wanted() == Sharding(by_block=True, activation_checkpointing=True)
+    assert wanted_sharding("bf16") == Sharding(by_block=True, activation_checkpointing=True)
     monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
-    assert wanted() == Sharding(by_block=False, activation_checkpointing=True)
+    assert wanted_sharding("bf16") == Sharding(by_block=False, activation_checkpointing=True)
+
+
+def test_fp16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(InputError, match="fp16 is not served beside FSDP"):
+        wanted_sharding("fp16")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("run.compile=true", "`run.compile` is not served beside FSDP"),
+        (
+            "game.discriminator.network={kind: salimans_mlp}",
+            "begin the run with `--multi_gpu`, stop it, and go on with FSDP",
+        ),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_before_anything_is_written(
+    recipe: Callable, tmp_path: Path, change: str, words: str
+) -> None:
+    made = read_recipe(recipe(), [change])
+    with pytest.raises(InputError, match=words):
+        Run(made, World(CPU, 0, 1, "fp32", "", sharding=Sharding()))
+    assert not (tmp_path / "run").exists()
