@@ -120,7 +120,7 @@ def refuse_plugins() -> None:
         )
 
 
-def wanted_sharding(precision: Precision) -> Sharding | None:
+def wanted_sharding() -> Sharding | None:
     """What `accelerate launch` was told of FSDP, read by Accelerate's own plugin; raises InputError for what is not served."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
         return None
@@ -131,21 +131,23 @@ def wanted_sharding(precision: Precision) -> Sharding | None:
         plugin = FullyShardedDataParallelPlugin()
     except ValueError as error:
         raise InputError(f"accelerate was told to use FSDP, and its settings are refused: {error}") from None
+    blocks, whole = "networks name their own blocks", "`--fsdp_reshard_after_forward` says what is kept whole"
     unserved = {
-        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "fsdp_auto_wrap_policy": os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() != "NO_WRAP",
-        "fsdp_activation_checkpointing_offload": getattr(plugin, "activation_checkpointing_offload", False),
-        "fsdp_ignored_modules": plugin.ignored_modules is not None,
+        "offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "all is kept on the device"),
+        "activation_checkpointing_offload": (plugin.activation_checkpointing_offload, "all is kept on the device"),
+        "auto_wrap_policy": (os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() != "NO_WRAP", blocks),
+        "ignored_modules": (plugin.ignored_modules is not None, blocks),
+        "sharding_strategy": (os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD") not in ("FULL_SHARD", "1"), whole),
+        "forward_prefetch": (
+            os.environ.get("FSDP_FORWARD_PREFETCH", "false").lower() == "true",
+            "FSDP2 orders what it gathers",
+        ),
     }
-    for name, told in unserved.items():
+    for name, (told, reason) in unserved.items():
         if told:
             raise InputError(
-                f"accelerate was told `--{name}`, which gandist does not serve: its networks name their own blocks; leave it out"
+                f"accelerate was told `--fsdp_{name}`, which gandist does not serve: {reason}; leave it out"
             )
-    if precision == "fp16":
-        raise InputError(
-            "fp16 is not served beside FSDP, where each process would scale its losses on its own; use bf16 or fp32"
-        )
     return Sharding(bool(plugin.reshard_after_forward), bool(plugin.activation_checkpointing))
 
 
@@ -165,6 +167,7 @@ class World:
     def join(cls, precision: str, accumulate: int = 1) -> World:
         """Joins the processes that the launcher started; raises InputError where it did not do as told."""
         refuse_plugins()
+        sharding = wanted_sharding()  # before Accelerate reads the same
         settings = told()
         accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
         if accumulation not in (1, accumulate):
@@ -184,7 +187,10 @@ class World:
                 "on a machine without GPU, too, that takes `accelerate launch --multi_gpu --num_processes N` (not --cpu)"
             )
         chosen, reason = choose_precision(precision, accelerator.device, settings)
-        sharding = wanted_sharding(chosen)
+        if sharding is not None and chosen == "fp16":
+            raise InputError(
+                "fp16 is not served beside FSDP, where each process would scale its losses on its own; use bf16 or fp32"
+            )
         control = dist.new_group(backend="gloo") if count > 1 else None
         sharding = sharding if count > 1 else None  # one process has all rows
         return cls(accelerator.device, accelerator.process_index, count, chosen, reason, control, sharding)

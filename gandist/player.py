@@ -20,7 +20,7 @@ from gandist import penalties
 from gandist.networks.blocks import recompute
 from gandist.optimizers import OPTIMIZERS, AdamOptions, Images, OptimizerOptions, ScheduleOptions
 from gandist.recipe import Choice, Section, harmless
-from gandist.sharding import Sharding, Shards, Weights, share, whole
+from gandist.sharding import Sharding, Shards, Weights, from_first
 
 Item = TypeVar("Item")
 
@@ -96,14 +96,14 @@ def in_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _spectral_norms(module: nn.Module) -> list[tuple[Tensor, nn.Module]]:
-    """The spectral norms of a module, each with the weight that it divides."""
+def _spectral_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The spectral norms of a module, each with the name of the weight that it divides."""
     return [
-        (cast(Tensor, parametrised.original), norm)
-        for part in module.modules()
+        (f"{name}.parametrizations.{weight}.original".removeprefix("."), norm)
+        for name, part in module.named_modules()
         if parametrize.is_parametrized(part)
-        for parametrised in cast(nn.ModuleDict, part.parametrizations).values()
-        for norm in cast(nn.ModuleList, parametrised)
+        for weight, several in cast(nn.ModuleDict, part.parametrizations).items()
+        for norm in cast(nn.ModuleList, several)
         if isinstance(norm, parametrizations._SpectralNorm)
     ]
 
@@ -116,9 +116,11 @@ def _placed(module: nn.Module, device: torch.device) -> nn.Module:
     return placed
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """The same with memory of its own. Tensors are cloned, which those without values can be too, and not copied by their bytes."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone()) for p in module.parameters()}
+def _twin(module: nn.Module, empty: bool) -> nn.Module:
+    """The same with memory of its own, or none. Tensors are cloned, which those without values can be too, and not copied by their bytes."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.new_empty(0) if empty else p.detach().clone()) for p in module.parameters()
+    }
     return copy.deepcopy(module, memo | {id(buffer): buffer.clone() for buffer in module.buffers()})
 
 
@@ -151,21 +153,20 @@ class Player:
         compiled: bool = False,
         sharding: Sharding | None = None,
     ) -> None:
+        assert sharding is None or not compiled, f"{name}: torch.compile is not served beside FSDP"
         self.name, self.options, self.device = name, options, device
         # What is too large for a device is placed in parts.
         self.module = _placed(module, device) if sharding is None else module
         self.module.train()
         self.dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.ema = _twin(self.module).eval().requires_grad_(False) if options.ema else None
+        # Without weights of its own where they are spread: its module gets them when it is used.
+        self.ema = _twin(self.module, empty=sharding is not None).eval().requires_grad_(False) if options.ema else None
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         if options.activation_checkpointing or (sharding is not None and sharding.activation_checkpointing):
             recompute(self.module)
-        kept: Callable[[nn.Module], Weights] = (
-            Weights if sharding is None else lambda module: Shards(module, device, sharding)
-        )
-        self.weights = kept(self.module)
-        self.averages = kept(self.ema) if self.ema is not None else None
+        self.weights = Weights(self.module) if sharding is None else Shards(self.module, device, sharding)
+        self.averages = self.weights.average(self.ema) if self.ema is not None else None
         self.compiled = compiled
         self.computed = _compiled(self.module) if compiled else self.module
         self.wrapped = (
@@ -444,8 +445,8 @@ class Player:
             torch._foreach_add_(averages, steps)
         else:
             torch._foreach_lerp_(averages, values, weight)
-        for original, norm in self._averaged_norms:
-            norm.train()(whole(original))  # a power iteration, which makes the mean of unit vectors one again
+        for name, norm in self._averaged_norms:
+            norm.train()(self.averages.full(name))  # a power iteration, which makes the mean of unit vectors one again
             norm.eval()
 
     @contextmanager
@@ -522,7 +523,7 @@ class Player:
                 if self._weight_of(part, name, tensor) is not None:
                     self.weights.take(state[part][name], tensor)
                 else:
-                    share(tensor)
+                    from_first(tensor)
 
     @torch.no_grad()
     def _begin_average(self) -> None:
@@ -568,7 +569,6 @@ class Turn:
         """Yields the micro-batches; all forwards and backwards but the last one's stay local."""
         for batch in batches:
             wrapped, left = self.player.wrapped, self.left
-            self.player.weights.reduce(now=left == 1)
             with wrapped.no_sync() if left > 1 and isinstance(wrapped, DistributedDataParallel) else nullcontext():
                 yield batch
             assert self.left == left - 1, f"{self.player.name}: a micro-batch needs exactly one backward"

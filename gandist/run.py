@@ -92,7 +92,7 @@ class Run:
             world.lead(prepare_scores)  # rank 0 first: what it downloads, the others find
             self.evaluator = made[0] if made else self.game.evaluator(recipe.data, self.spec, world.device)
         self._refuse_oversized()
-        world.lead(self._refuse_unfit)
+        world.lead(lambda: self._refuse_unfit(init_from))
         resuming = world.lead(lambda: self._open_folder(init_from))
         self.players = make_players(recipe, self.spec, world.device, world.precision, world.sharding)
         if resuming:
@@ -156,18 +156,20 @@ class Run:
                     f"{there / 2**30:,.0f}; use a smaller one"
                 )
 
-    def _refuse_unfit(self) -> int:
-        """Raises InputError before anything is written where labelled images lie in another split of the dataset as well, or where a file
-        that a new run starts from is not there."""
+    def _refuse_unfit(self, init_from: Path | None) -> int:
+        """Raises InputError before anything is written where labelled images lie in another split of the dataset as well, where a file
+        that a new run starts from is not there, or where weights are spread (FSDP) and the run needs them whole."""
         if not (self.folder / "recipe.yaml").exists():
             self.game.refuse_unready()
-            if self.world.sharding is not None and self.game.starts:
+        if self.world.sharding is not None:
+            begins = init_from is None and not checkpoint.folders(self.folder / "checkpoints")
+            if begins and self.game.starts:
                 raise InputError(
-                    "its initial weights depend on data or on a file, which no process reads into weights that are spread (FSDP): begin the run "
+                    "`game`: its first weights depend on data or on a file, which no process reads into weights that are spread (FSDP): begin the run "
                     "with `--multi_gpu`, stop it, and go on with FSDP"
                 )
-        if self.world.sharding is not None and self.recipe.run.compile:
-            raise InputError("`run.compile` is not served beside FSDP; leave one of them out")
+            if self.recipe.run.compile:
+                raise InputError("`run.compile` is not served beside FSDP; leave one of them out")
         if self.recipe.data.subset is not None and self.recipe.data.reader == "index":
             refuse_leaks(self.recipe.data)
         return 0

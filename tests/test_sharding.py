@@ -102,6 +102,7 @@ def _shares(player: Player) -> tuple[int, list[int], int]:
     averages = [rows for rows in player.averages.rows.values() if rows.ndim] if player.averages else kept
     weights = player.weights
     assert isinstance(weights, Shards)
+    assert isinstance(weights, Shards)
     groups = [part._get_fsdp_state()._fsdp_param_group for part in weights._parts]
     gathered = [param._unsharded_param for group in groups for param in group.fsdp_params]
     return (
@@ -220,33 +221,32 @@ def test_segments_are_scored_while_weights_are_spread(gandist: Callable, tmp_pat
         ({"FSDP_VERSION": "1"}, "add `--fsdp_version 2`"),
         ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params"),
         ({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "--fsdp_auto_wrap_policy"),
+        ({"FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "--fsdp_sharding_strategy"),
+        ({"FSDP_VERSION": "2", "FSDP_FORWARD_PREFETCH": "true"}, "--fsdp_forward_prefetch"),
+        (
+            {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "SHARD_GRAD_OP"},
+            "settings are refused: invalid truth value",
+        ),
         ({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "BY_COLOUR"}, "settings are refused: Invalid auto wrap policy"),
     ],
 )
 def test_settings_of_fsdp_that_are_not_served_are_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str
 ) -> None:
-    assert wanted_sharding("bf16") is None
+    assert wanted_sharding() is None
     for name, value in {"ACCELERATE_USE_FSDP": "true", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words):
-        wanted_sharding("bf16")
+        wanted_sharding()
 
 
 def test_accelerates_settings_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert wanted_sharding("bf16") == Sharding(by_block=True, activation_checkpointing=True)
+    assert wanted_sharding() == Sharding(by_block=True, activation_checkpointing=True)
     monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
-    assert wanted_sharding("bf16") == Sharding(by_block=False, activation_checkpointing=True)
-
-
-def test_fp16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(InputError, match="fp16 is not served beside FSDP"):
-        wanted_sharding("fp16")
+    assert wanted_sharding() == Sharding(by_block=False, activation_checkpointing=True)
 
 
 @pytest.mark.parametrize(
@@ -265,4 +265,22 @@ def test_what_cannot_be_spread_is_refused_before_anything_is_written(
     made = read_recipe(recipe(), [change])
     with pytest.raises(InputError, match=words):
         Run(made, World(CPU, 0, 1, "fp32", "", sharding=Sharding()))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()  # of a run that was killed before its first checkpoint
+    with pytest.raises(InputError, match=words):
+        Run(made, World(CPU, 0, 1, "fp32", "", sharding=Sharding()))
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        (("--use_fsdp",), "gandist: accelerate was told to use FSDP 1; gandist serves FSDP2: add `--fsdp_version 2`"),
+        ((*FSDP2, "--mixed_precision", "fp16"), "gandist: fp16 is not served beside FSDP"),
+    ],
+)
+def test_what_is_not_served_is_told_in_a_sentence(recipe: Callable, tmp_path: Path, launch: tuple, words: str) -> None:
+    refused = run("train", recipe(), ranks=2, launch=launch)
+    assert words in refused.out
+    assert "exitcode  : 2" in refused.out
     assert not (tmp_path / "run").exists()
