@@ -89,10 +89,8 @@ run: {{folder: {folder}, images: 1_000_000_000, batch: {batch}, precision: {prec
 }
 BATCH = {"gan": 64, "semi": 100, "segment": 4}
 SIZE = {"gan": 64, "semi": None, "segment": 160}
-KEPT, FASHION = (
-    1_000,
-    10_000,
-)  # of the embedded images so few are soon in memory, as the tuned loop's are from the start
+# Of so many embedded images so few are soon in memory, as the tuned loop's are from the start.
+FASHION, KEPT = 10_000, 1_000
 SCENES = 64  # enough: neither loop looks at what is in them
 
 

@@ -131,10 +131,11 @@ def wanted_sharding() -> Sharding | None:
         plugin = FullyShardedDataParallelPlugin()
     except ValueError as error:
         raise InputError(f"accelerate was told to use FSDP, and its settings are refused: {error}") from None
-    blocks, whole = "networks name their own blocks", "`--fsdp_reshard_after_forward` says what is kept whole"
+    device, blocks = "all is kept on the device", "networks name their own blocks"
+    whole = "`--fsdp_reshard_after_forward` says what is kept whole"
     unserved = {
-        "offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "all is kept on the device"),
-        "activation_checkpointing_offload": (plugin.activation_checkpointing_offload, "all is kept on the device"),
+        "offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), device),
+        "activation_checkpointing_offload": (plugin.activation_checkpointing_offload, device),
         "auto_wrap_policy": (os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() != "NO_WRAP", blocks),
         "ignored_modules": (plugin.ignored_modules is not None, blocks),
         "sharding_strategy": (os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD") not in ("FULL_SHARD", "1"), whole),
