@@ -81,7 +81,9 @@ def _describe_dataset(dataset: Any) -> None:
             (f"split {name}", count + f", {skipped:,} bad file{'s' * (skipped > 1)} passed over" * bool(skipped))
         )
     if image:
-        size = f"{image.width}×{image.height}" if image.height else "of several sizes"
+        sizes = [size for counts in manifest.counts.values() for size in counts.sizes]
+        most = f", at most {max(width for _, width in sizes)}×{max(height for height, _ in sizes)}" if sizes else ""
+        size = f"{image.width}×{image.height}" if image.height else f"of several sizes{most}"
         rows.append(("images", f"{size}, {image.channels} channel{'s' * (image.channels > 1)}"))
     if signal:
         rows.append(("signals", f"{signal.channels} channel{'s' * (signal.channels > 1)} of {signal.length:,} values"))
@@ -214,32 +216,27 @@ def pack(
 
 
 def _print_hint(dataset: Any) -> None:
-    """The command that trains on a dataset of images as it is."""
-    image = dataset.manifest.image
+    """The command that trains on a dataset as it is."""
+    from gandist.data.transform import resized
+
+    image, place = dataset.manifest.image, dataset.location
     if image is None:
-        if dataset.manifest.signal is not None:
-            print(
-                printable(
-                    f"\ntrain on it:  see configs/strings.yaml and configs/grid25.yaml; data.path={dataset.location}"
-                )
-            )
+        print(printable(f"\ntrain on it:  see configs/strings.yaml and configs/grid25.yaml; data.path={place}"))
         return
+    spec = dataset.spec(next(iter(dataset.manifest.splits)))
+    words = []
     if dataset.manifest.mask is not None:
-        scored = "" if "test" in dataset.manifest.splits else " run.evaluate_images=null"
-        samples = sum(shard.samples for shard in next(iter(dataset.manifest.splits.values())))
-        scored += f" run.batch={samples}" if samples < 16 else ""
-        words = f"gandist train configs/stanford_best.yaml data.path={dataset.location} run.folder=runs/{Path(dataset.location).name}{scored}"
-        print(printable(f"\ntrain on it:  {words}"))
-        return
-    crop = " data.transform.crop=64" if image.height is None else ""
-    samples = sum(shard.samples for shard in next(iter(dataset.manifest.splits.values())))
-    batch = f" run.batch={samples}" if samples < 64 else ""
-    place = dataset.location
-    print(
-        printable(
-            f"\ntrain on it:  gandist train configs/dcgan.yaml data.path={place} run.folder=runs/{Path(place).name}{crop}{batch}"
-        )
-    )
+        recipe, batch = "stanford_best", 16
+        known = spec.sizes or (((image.height, image.width),) if image.height else ())
+        sizes = [resized(height, width, 120) for height, width in known]  # as the recipe makes them
+        words += [f'"data.transform.canvas=[{max(h for h, _ in sizes)},{max(w for _, w in sizes)}]"'] if sizes else []
+        words += ["run.evaluate_images=null"] if "test" not in dataset.manifest.splits else []
+    else:
+        recipe, batch = "dcgan", 64
+        words += ["data.transform.size=64", "data.transform.crop=64"] if image.height is None else []
+    words += [f"run.batch={spec.samples}"] if spec.samples < batch else []
+    command = f"gandist train configs/{recipe}.yaml data.path={place} run.folder=runs/{Path(place).name}"
+    print(printable(f"\ntrain on it:  {' '.join([command, *words])}"))
 
 
 def _names(text: str | None) -> tuple[str, ...]:

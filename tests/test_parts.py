@@ -16,7 +16,9 @@ import torch
 from conftest import open_stream, packed, run
 from PIL import Image
 
+from gandist.data.dataset import Dataset, outer_sizes
 from gandist.data.stream import IGNORED, Stream
+from gandist.data.transform import resized
 from gandist.recipe import InputError
 
 WORLDS, WORKERS = (1, 2, 3, 4, 8), (0, 1, 4)
@@ -182,7 +184,7 @@ def test_a_run_writes_down_which_samples_its_labels_come_from(
 @pytest.mark.parametrize(
     ("setting", "rule"),
     [
-        ("data.transform={crop: 40}", "is larger than the images"),
+        ("data.transform={crop: 40}", "is larger than images of 28×28"),
         ("data.transform={crop_at: centre}", "no effect without `crop`"),
         ("data.transform={mean: [0.5]}", "come together"),
         ("data.transform={mean: [0.5, 0.5], std: [1, 1]}", "2 values for images of 1 channels"),
@@ -207,9 +209,28 @@ def test_a_setting_that_cannot_be_or_has_no_effect_is_refused(
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
+def test_the_outer_sizes_are_refused_where_any_of_all_sizes_is() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = [(int(h), int(w)) for h, w in random.integers(8, 400, (random.integers(2, 50), 2))]
+        outer = outer_sizes(sizes)
+        assert set(outer) <= set(sizes)
+        assert len(outer) > 1 or len(set(sizes)) == 1
+        for size in (None, 7, 64, 333):
+            every, few = ([resized(*one, size) for one in several] for several in (sizes, outer))
+            for axis in (0, 1):
+                assert max(one[axis] for one in every) == max(one[axis] for one in few)
+            assert min(map(min, every)) == min(map(min, few))
+
+
 def test_photos_of_several_sizes_train_when_they_are_cropped(scenes: Path, recipe: Callable, gandist: Callable) -> None:
     path = recipe(data=scenes, images=32)
     assert "differ in size" in gandist("train", path).err
+    smallest = min(min(size) for size in Dataset(scenes).spec("train").sizes)
+    failed = gandist("train", path, f"data.transform.crop={smallest + 1}")
+    assert failed.code == 2
+    assert f"`crop` {smallest + 1} is larger than images of" in failed.err
+    assert gandist("describe", path, f"data.transform.crop={smallest}").code == 0
     assert gandist("train", path, "data.transform={size: 20, crop: 16}").code == 0
 
 

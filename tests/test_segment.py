@@ -41,9 +41,11 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from gandist.data.dataset import Dataset
+from gandist.data.decode import image_shape
 from gandist.data.opening import data_spec, open_reader
 from gandist.data.sources.scenes import scene
 from gandist.data.stream import EXTENT, IGNORED, Batch
+from gandist.data.transform import resized
 from gandist.game import Clock
 from gandist.games.segment import Segment, in_block, over_places
 from gandist.launcher import World
@@ -417,10 +419,47 @@ def test_an_image_of_any_size_lies_on_its_canvas_and_the_rest_is_ignored(scenes:
         assert image[:, :height, :width].std() > 0.05
 
 
-def test_an_image_that_is_larger_than_the_canvas_is_named(
+def test_a_canvas_that_is_too_small_is_refused_with_the_size_that_it_takes(
     scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
 ) -> None:
     path = recipe_of(tmp_path, scenes)
+    taken = [max(side) for side in zip(*SIZES, strict=True)]
+    said = gandist("describe", path, "data.transform.canvas=null").err
+    assert f"`data.transform.canvas: {taken}`" in said
+    failed = gandist("train", path, "data.transform.canvas=[64, 48]")
+    assert failed.code == 2
+    assert f"`data.transform.canvas` has 48×64 pixels, and images take {taken[1]}×{taken[0]}" in failed.err
+    assert not (tmp_path / "run").exists()
+    assert gandist("describe", path, f"data.transform.canvas={taken}").code == 0
+    # Of the smaller side 32, the largest are those of the most extreme proportion.
+    shrunk = [resized(height, width, 32) for height, width in SIZES]
+    canvas = [max(side) for side in zip(*shrunk, strict=True)]
+    assert gandist("describe", path, "data.transform.size=32", f"data.transform.canvas={canvas}").code == 0
+    canvas[1] -= 1
+    assert gandist("describe", path, "data.transform.size=32", f"data.transform.canvas={canvas}").code == 2
+
+
+def test_sizes_that_a_split_does_not_have_are_not_held_against_it(scenes: Path) -> None:
+    manifest = Dataset(scenes).manifest
+    for split, shards in manifest.splits.items():
+        reader = open_reader(DataOptions(path=str(scenes), split=split))
+        members = [reader.read(0, place, ("image",))["image"] for place in range(shards[0].samples)]
+        found = {image_shape(data, suffix)[:2] for suffix, data in members}
+        assert set(manifest.counts[split].sizes) <= found
+        assert Dataset(scenes).spec(split).canvas == tuple(max(side) for side in zip(*found, strict=True))
+
+
+def test_an_image_that_is_larger_than_the_canvas_is_named_where_nobody_noted_its_size(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(scenes, older)
+    text = json.loads((older / "dataset.json").read_text())
+    for counts in text["counts"].values():
+        del counts["sizes"]
+    (older / "dataset.json").write_text(json.dumps(text))
+    path = recipe_of(tmp_path, older)
+    assert "`data.transform.canvas: [HEIGHT, WIDTH]`" in gandist("describe", path, "data.transform.canvas=null").err
     failed = gandist("train", path, "data.transform.canvas=[64, 48]")
     assert failed.code == 1
     assert "`data.transform.canvas` has 48×64" in failed.err

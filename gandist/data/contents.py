@@ -21,9 +21,11 @@ from gandist.data.dataset import (
     MaskSpec,
     Names,
     Natural,
+    PixelSize,
     Shard,
     SignalSpec,
     file_digest,
+    outer_sizes,
     write_atomically,
 )
 from gandist.data.decode import (
@@ -44,10 +46,10 @@ Pair = tuple[Natural, Natural]
 
 
 class Contents(Section):
-    """What one shard holds; sizes and shapes are the distinct ones, two at most, since it matters only whether they differ."""
+    """What one shard holds; sizes are the outer ones, and shapes of signals the distinct ones, two at most: whether they differ."""
 
     shard: Shard | None = None  # none where all that would be in it is damaged
-    sizes: tuple[Pair, ...] = ()
+    sizes: tuple[PixelSize, ...] = ()
     channels: tuple[Natural, ...] = ()
     signals: tuple[Pair, ...] = ()
     labels: tuple[Natural, ...] = ()  # samples by class
@@ -115,7 +117,7 @@ def examine(
     )
     return Contents(
         shard=shard,
-        sizes=tuple(sorted(sizes)[:2]),
+        sizes=outer_sizes(sizes),
         channels=tuple(sorted(channels)),
         signals=tuple(sorted(signals)[:2]),
         labels=tuple(labels[number] for number in range(max(labels, default=-1) + 1)),
@@ -209,15 +211,16 @@ def finish(
         raise InputError(f"{folder}: --names has no effect: there are no labels and no masks")
     if given and named is not None and len(given) != named.classes:
         raise InputError(f"{folder}: --names has {len(given)} names for {named.classes} classes")
+    sizes = {size for contents in every for size in contents.sizes}
     manifest = Manifest(
         source=source,
-        image=_image(channels, {size for contents in every for size in contents.sizes}) if channels else None,
+        image=_image(channels, sizes) if channels else None,
         label=label,
         mask=mask,
         signal=SignalSpec(channels=min(signals)[0], length=min(signals)[1]) if signals else None,
         shards_at=shards_at,
         splits={name: tuple(c.shard for c in parts if c.shard) for name, parts in splits.items()},
-        counts={name: _counts(parts, label, mask) for name, parts in splits.items()},
+        counts={name: _counts(parts, label, mask, len(sizes) > 1) for name, parts in splits.items()},
     )
     write_atomically(folder / NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
     return Dataset(folder)
@@ -237,7 +240,7 @@ def _image(channels: set[int], sizes: set[Pair]) -> ImageSpec:
     return ImageSpec(height=height, width=width, channels=max(channels))
 
 
-def _counts(found: list[Contents], label: LabelSpec | None, mask: MaskSpec | None) -> Counts:
+def _counts(found: list[Contents], label: LabelSpec | None, mask: MaskSpec | None, differ: bool) -> Counts:
     labels = np.zeros(label.classes if label else 0, np.int64)
     for contents in found:
         labels[: len(contents.labels)] += np.array(contents.labels, np.int64)
@@ -251,4 +254,5 @@ def _counts(found: list[Contents], label: LabelSpec | None, mask: MaskSpec | Non
         mask_present=tuple(0 if value == ignore else int(present[value]) for value in classes),
         ignored_pixels=int(pixels[ignore]) if ignore is not None else 0,
         skipped=sum(len(contents.skipped) for contents in found),
+        sizes=outer_sizes(size for contents in found for size in contents.sizes) if differ else (),
     )

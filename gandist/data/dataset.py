@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ SHARD_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.tar$"
 FileName = Annotated[str, Field(pattern=SHARD_NAME)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = tuple[str, ...]
+PixelSize = tuple[Count, Count]  # height and width
 
 
 class ImageSpec(Section):
@@ -97,7 +98,7 @@ class Shard(Section):
 
 
 class Spec(Section):
-    """What a game is told of the data; `samples` is None, and pixels are (), where nobody counted them."""
+    """What a game is told of the data; `samples` is None, and pixels and sizes are (), where nobody counted them."""
 
     samples: Count | None
     image: ImageSpec | None
@@ -106,6 +107,12 @@ class Spec(Section):
     signal: SignalSpec | None = None
     mask_pixels: tuple[Natural, ...] = ()  # as in `Counts`
     mask_present: tuple[Natural, ...] = ()
+    sizes: tuple[PixelSize, ...] = ()
+
+    @property
+    def canvas(self) -> PixelSize | None:
+        """The smallest canvas that holds every image, where that is known."""
+        return (max(height for height, _ in self.sizes), max(width for _, width in self.sizes)) if self.sizes else None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -127,7 +134,8 @@ class Counts(Section):
     """What a split holds by class: samples by label, pixels by mask class, and files left out because they are damaged.
 
     `mask_present` are the pixels, but for ignored ones, of the images in which a class occurs: `mask_pixels` over these is the
-    frequency whose median weighs the classes in Eigen and Fergus (2015).
+    frequency whose median weighs the classes in Eigen and Fergus (2015). `sizes` are, of images that differ in size, those by which
+    a transform is judged: `outer_sizes`.
     """
 
     labels: tuple[Natural, ...] = ()
@@ -135,12 +143,30 @@ class Counts(Section):
     mask_present: tuple[Natural, ...] = ()
     ignored_pixels: Natural = 0
     skipped: Natural = 0
+    sizes: Annotated[tuple[PixelSize, ...], Field(max_length=5)] = ()
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_counted(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # So a dataset without masks has the digest that it had before `mask_present` was counted.
+        # So a dataset without masks, or of one size, has the digest that it had before these were counted.
         found: dict[str, Any] = dump(self)
-        return {name: value for name, value in found.items() if name != "mask_present" or value}
+        return {name: value for name, value in found.items() if name not in ("mask_present", "sizes") or value}
+
+
+def outer_sizes(sizes: Iterable[PixelSize]) -> tuple[PixelSize, ...]:
+    """Of several sizes those that a transform refuses where it refuses any: the highest, the widest, the two that are most so in
+    proportion, which are the largest once the shorter side is given, and that of the shortest side.
+    """
+    found = sorted(set(sizes))
+    if len(found) < 2:
+        return tuple(found)
+    ways: tuple[Callable[[PixelSize], float], ...] = (
+        lambda size: size[0],
+        lambda size: size[1],
+        lambda size: size[0] / size[1],
+        lambda size: size[1] / size[0],
+        lambda size: -min(size),
+    )
+    return tuple(sorted({max(found, key=way) for way in ways}))
 
 
 class Manifest(Section):
@@ -261,6 +287,7 @@ class Dataset:
             signal=m.signal,
             mask_pixels=counts.mask_pixels,
             mask_present=counts.mask_present,
+            sizes=counts.sizes,
         )
 
     def check_sizes(self, split: str) -> None:

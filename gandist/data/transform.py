@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from gandist.constants import constant
-from gandist.data.dataset import ImageSpec
+from gandist.data.dataset import ImageSpec, PixelSize
 from gandist.data.decode import MAX_PIXELS, Pixels
 from gandist.data.order import Integers, uniform
 from gandist.recipe import TransformOptions
@@ -48,12 +49,7 @@ def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
         raise ValueError(f"`size` resizes images of 1 or 3 channels, and these have {image.channels}")
     height, width = image.height, image.width
     if height is not None and width is not None:
-        height, width = resized(height, width, options.size)
-        if options.pad >= min(height, width):
-            raise ValueError(f"`pad` {options.pad} is too much to mirror for images of {width}×{height}")
-        height, width = height + 2 * options.pad, width + 2 * options.pad
-        if options.crop is not None and options.crop > min(height, width):
-            raise ValueError(f"`crop` {options.crop} is larger than the images of {width}×{height}; set `size` as well")
+        height, width = sized(options, height, width)
     if options.crop is not None:
         height = width = options.crop
     if options.canvas is not None:
@@ -61,6 +57,25 @@ def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
             refuse_larger(options.canvas, height, width)
         height, width = options.canvas
     return ImageSpec(height=height, width=width, channels=image.channels)
+
+
+def sized(options: TransformOptions, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) of an image once it has its `size` and its `pad`; raises ValueError where it cannot have that, or the `crop`."""
+    height, width = resized(height, width, options.size)
+    if options.pad >= min(height, width):
+        raise ValueError(f"`pad` {options.pad} is too much to mirror for images of {width}×{height}")
+    height, width = height + 2 * options.pad, width + 2 * options.pad
+    if options.crop is not None and options.crop > min(height, width):
+        raise ValueError(f"`crop` {options.crop} is larger than images of {width}×{height}; set `size` as well")
+    return height, width
+
+
+def fitted(options: TransformOptions, sizes: Iterable[PixelSize]) -> tuple[PixelSize, ...]:
+    """Images that differ in size as they come to lie on their canvas; raises ValueError where one cannot."""
+    found = tuple(sized(options, *size) for size in sizes)
+    if found and options.canvas is not None:
+        refuse_larger(options.canvas, max(height for height, _ in found), max(width for _, width in found))
+    return found
 
 
 def values(options: TransformOptions, pixels: Tensor) -> Tensor:
@@ -79,7 +94,7 @@ def refuse_larger(canvas: tuple[int, int], height: int, width: int) -> None:
     """Raises ValueError where an image does not fit on the canvas."""
     if height > canvas[0] or width > canvas[1]:
         raise ValueError(
-            f"an image is {width}×{height} pixels, and `data.transform.canvas` has {canvas[1]}×{canvas[0]}; enlarge that or set a smaller `size` (in a run "
+            f"`data.transform.canvas` has {canvas[1]}×{canvas[0]} pixels, and images take {width}×{height}; enlarge it, or set a smaller `size` (in a run "
             "that was begun, with run.folder=NEW --init-from RUN)"
         )
 

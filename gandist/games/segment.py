@@ -121,9 +121,10 @@ class Segment(Segmenting):
         assert spec.image is not None
         assert spec.mask is not None
         if spec.image.height is None or spec.image.width is None:
+            wanted = spec.canvas or ("HEIGHT", "WIDTH")
             yield (
                 ("kind",),
-                "the images of `data.path` differ in size; set `data.transform.canvas: [HEIGHT, WIDTH]`, as large as the largest, or "
+                f"the images of `data.path` differ in size; set `data.transform.canvas: [{wanted[0]}, {wanted[1]}]`, as large as the largest, or "
                 "`data.transform.crop`",
             )
             return
