@@ -441,7 +441,7 @@ def evaluate(
     run: RunPath,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="of data and game.scores, such as game.scores.fakes=50000"),
+        typer.Argument(metavar="[KEY=VALUE]…", help="of data, game.scores and game.inference, such as game.scores.fakes=50000"),
     ] = None,
     against: Annotated[
         Path | None, typer.Option(metavar="FILE", help="print the scores beside those of an earlier evaluation")
@@ -451,7 +451,7 @@ def evaluate(
 ) -> None:
     """Score a run on its data: the game's scores, each with the protocol that defines it.
 
-    `data.…` and `game.scores.…` may be changed: game.scores.fakes=50000, 'game.scores.features={kind: efficientnet_lite0}',
+    `data.…`, `game.scores.…` and, of a segmenter, `game.inference.…` may be changed: game.scores.fakes=50000, 'game.scores.features={kind: efficientnet_lite0}',
     game.scores.split=test. On many processes (accelerate launch … -m gandist evaluate …) the result is the same.
     """
     from gandist import checkpoint
@@ -675,7 +675,8 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Write a player's average weights as safetensors, JSON and a card, for `gandist.load(OUT)` and for the Hugging Face hub."""
+    """Write the average weights of a generator or a discriminator as safetensors, JSON and a card, for `gandist.load(OUT)` and for the
+    Hugging Face hub. Those of the game `segment` are not exported yet."""
     from gandist import checkpoint
     from gandist.export import export as write
 
