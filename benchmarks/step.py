@@ -322,24 +322,34 @@ def play_apart(arguments: argparse.Namespace) -> None:
         print(seconds(act, int(line), device), flush=True)
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All rounds, as the JSON that is written."""
-    data = folder / "data"
-    semi, segment = arguments.game == "semi", arguments.game == "segment"
-    few = (("train", KEPT / FASHION), ("left", 1 - KEPT / FASHION)) if arguments.game == "gan" else ()
-    options = Options(size=arguments.size, splits=few)
-    pack(Packing("generated:fashion-scenes" if segment else "embedded:fashion-mnist", data, options))
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPES[arguments.game].format(data=data, folder=folder / "run", **vars(arguments)))
-    recipe = read_recipe(path, [])
-    world = World.join(recipe.run.precision)
-    assert isinstance(recipe.game, Game)
+class Measured(NamedTuple):
+    """What all rounds gave."""
 
-    sides = recipe.game.sides(data_spec(recipe.data))
+    timings: dict[str, list[float]]  # mean seconds of a step, by contestant and round
+    others: float  # the share of the cores that something else had meanwhile
+    waited: float  # seconds that the trainer stood still for data
+    memory: int  # bytes at most
+    parts: dict[str, float]
+    flops: dict[str, float]  # of an image
+    graphs: str
+
+
+def prepared(arguments: argparse.Namespace, folder: Path) -> Path:
+    """Packs the data and writes the recipe of the trainer."""
+    segment = arguments.game == "segment"
+    few = (("train", KEPT / FASHION), ("left", 1 - KEPT / FASHION)) if arguments.game == "gan" else ()
+    source = "generated:fashion-scenes" if segment else "embedded:fashion-mnist"
+    pack(Packing(source, folder / "data", Options(size=arguments.size, splits=few)))
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPES[arguments.game].format(data=folder / "data", folder=folder / "run", **vars(arguments)))
+    return path
+
+
+def play(arguments: argparse.Namespace, path: Path, recipe: Recipe, world: World) -> Measured:
+    """All rounds: each contestant takes some steps, one after the other."""
+    assert isinstance(recipe.game, Game)
     stop = Stop(world)
-    timings: dict[str, list[float]] = {"plain": [], "trainer": []}
     with running(recipe, world) as run, Stepper(run) as step, Apart(path) as plain:
-        trainer = partial(one_step, run, stop, step)
 
         def written() -> None:
             run.data_faults()
@@ -353,17 +363,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             run.stream = stream
 
         still = Still(run.stream.read(0))
-        here: dict[str, Callable[[], object]] = {"trainer": trainer, "step": alone}
-        if not semi and not segment:
+        here: dict[str, Callable[[], object]] = {"trainer": partial(one_step, run, stop, step), "step": alone}
+        if arguments.game == "gan":
+            sides = recipe.game.sides(data_spec(recipe.data))
             twins = [side.build().to(world.device) for side in sides.values()]
             images, _ = some_samples(recipe, world.device)
             here["tuned"] = Tuned(twins[0], twins[1], images, 100, arguments.batch, world.precision)
         contestants: dict[str, Callable[[int], float]] = {"plain": plain.seconds}
         contestants |= {name: partial(seconds, act, device=world.device) for name, act in here.items()}
-        timings |= {name: [] for name in contestants}
-        epoch = -(-KEPT // arguments.batch) if few else 0
+        epoch = -(-KEPT // arguments.batch) if arguments.game == "gan" else 0
         for name, act in contestants.items():
             act(8 + epoch * (name == "trainer"))  # the first steps choose kernels, fill pools and record graphs
+        timings: dict[str, list[float]] = {name: [] for name in contestants}
         began = busy(plain.process.pid)
         for _ in range(arguments.rounds):
             for name, act in contestants.items():
@@ -371,18 +382,26 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         others = 1 - began.share_of_these_processes(busy(plain.process.pid))
         waited = run.stream.waited
         memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resident_bytes()
-        # Operations within a graph cannot be counted: those of the step as it is written are the same.
         parts = parts_of_a_step(run, stop, arguments.steps)
-        counted = flops(written, arguments.batch)
-        arithmetic = dict.fromkeys(contestants, counted) | {"plain": plain.flops}
+        # Operations within a graph cannot be counted: those of the step as it is written are the same.
+        arithmetic = dict.fromkeys(contestants, flops(written, arguments.batch)) | {"plain": plain.flops}
         if "tuned" in here:
             arithmetic["tuned"] = flops(here["tuned"], arguments.batch)
         graphs = step.why_not or "yes" if world.device.type == "cuda" else "no: there is no GPU"
     stop.close()
-    against = {name: ratios(timings[name], timings["trainer"]) for name in timings if name != "trainer"}
+    return Measured(timings, others, waited, memory, parts, arithmetic, graphs)
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All rounds, as the JSON that is written."""
+    path = prepared(arguments, folder)
+    recipe = read_recipe(path, [])
+    world = World.join(recipe.run.precision)
+    found = play(arguments, path, recipe, world)
+    against = {name: ratios(taken, found.timings["trainer"]) for name, taken in found.timings.items()}
+    del against["trainer"]
     low, middle, high = against["plain"]
-    speeds = {name: arguments.batch / statistics.median(values) for name, values in timings.items()}
-    peaks = {name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})}
+    speeds = {name: arguments.batch / statistics.median(values) for name, values in found.timings.items()}
     own = {"semi": ("layers",), "segment": ("size",), "gan": ("layers", "size", "width")}[arguments.game]
     names = (*own, "batch", "rounds", "steps", *(("compile",) if arguments.compile else ()))
     setting = {
@@ -397,25 +416,27 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "busy_with_others": others,
+            "busy_with_others": found.others,
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
         "versions": versions(),
         "precision": world.precision,
         "precision_reason": world.reason,
-        "graphs": graphs,
+        "graphs": found.graphs,
         "images_per_second": speeds,
         "ratio": middle,
         "ratio_quartiles": [low, high],
         "ratios": {name: {"ratio": two, "quartiles": [one, three]} for name, (one, two, three) in against.items()},
-        "parts_seconds": parts,
-        "peak_memory_bytes": memory,
+        "parts_seconds": found.parts,
+        "peak_memory_bytes": found.memory,
         "copy_gigabytes_per_second": copy_gigabytes(world.device),
-        "mflop_per_image": {name: value / 1e6 for name, value in arithmetic.items()},
-        "gflops": {name: speeds[name] * value / 1e9 for name, value in arithmetic.items()},
-        "gflops_of_a_matrix_product": peaks,
-        "data_wait_seconds": waited,
-        "step_seconds": timings,
+        "mflop_per_image": {name: value / 1e6 for name, value in found.flops.items()},
+        "gflops": {name: speeds[name] * value / 1e9 for name, value in found.flops.items()},
+        "gflops_of_a_matrix_product": {
+            name: peak_gflops(world.device, DTYPES[name]) for name in sorted({"fp32", world.precision})
+        },
+        "data_wait_seconds": found.waited,
+        "step_seconds": found.timings,
     }
 
 
