@@ -77,7 +77,7 @@ def contradictions(
             spec = None
             source.fault(("data",), str(error))
     if spec is not None and isinstance(game, Game):
-        faults, parts = [*missing_parts(game, spec)], set(game.parts(spec))
+        faults, parts = [*missing_parts(game, spec)], {*game.parts_named(spec)}
         for location, message in faults or game.faults(spec):
             source.fault(("game", *location), message)
         for name, message in [] if source.faults else _checkpointing(game, spec, run):

@@ -441,7 +441,9 @@ def evaluate(
     run: RunPath,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="of data, game.scores and game.inference, such as game.scores.fakes=50000"),
+        typer.Argument(
+            metavar="[KEY=VALUE]…", help="of data, game.scores and game.inference, such as game.scores.fakes=50000"
+        ),
     ] = None,
     against: Annotated[
         Path | None, typer.Option(metavar="FILE", help="print the scores beside those of an earlier evaluation")

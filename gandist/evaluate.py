@@ -44,10 +44,13 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
         else ()
     )
     for override in overrides:
-        if not override.startswith(sections):
+        key = override.partition("=")[0]
+        if not key.startswith(sections) and f"{key}." not in sections[1:]:  # a whole section, but for that of the data
             *names, last = (f"`{section}…`" for section in sections)
             raise InputError(f"{override}: only {', '.join(names)} and {last} can be changed for trained weights")
     given = {override.partition("=")[0] for override in overrides}
+    if "game.scores" in given:
+        given |= {"game.scores.split", "game.scores.train_samples", "game.scores.features"}
 
     def check(source: Source, data: DataOptions | None, game: Any, _: RunOptions | None) -> None:
         if data is not None and isinstance(game, Segmenting):
@@ -66,7 +69,7 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
                 re.sub(r"\bline \d+: ", "", str(error).replace(str(path), f"the recipe of {found.folder}"))
             ) from None
     features = getattr(getattr(recipe.game, "scores", None), "features", None)
-    named = {override.partition("=")[0].removeprefix("game.scores.features") for override in overrides}
+    named = {key.removeprefix("game.scores.features") for key in given}
     if isinstance(features, TorchScriptOptions) and not ("" in named or {".path", ".sha256"} <= named):
         raise InputError(
             f"{found.folder}: asks for a TorchScript program, {features.path}; name it yourself if you trust it: "
@@ -84,11 +87,13 @@ def _another(found: checkpoint.Checkpoint, data: DataOptions) -> bool:
 
 
 def _fitted(found: checkpoint.Checkpoint, data: DataOptions, given: set[str]) -> DataOptions:
-    """The same, of another dataset that has a single split that one, unless `data.split` was given."""
-    if data.reader != "index" or "data.split" in given or not _another(found, data):
+    """The same, of another dataset all of it, and of one with a single split that one, unless `data.subset` or `data.split` was given."""
+    if data.reader != "index" or not _another(found, data):
         return data
+    changes: dict[str, Any] = {} if any(key.startswith("data.subset") for key in given) else {"subset": None}
     splits = [*Dataset(data.path).manifest.splits]
-    return data.model_copy(update={"split": splits[0]}) if len(splits) == 1 else data
+    changes |= {"split": splits[0]} if len(splits) == 1 and "data.split" not in given else {}
+    return data.model_copy(update=changes)
 
 
 def _for_another(recipe: Recipe, given: set[str]) -> Recipe:
@@ -117,7 +122,8 @@ def _spec(found: checkpoint.Checkpoint, recipe: Recipe) -> Spec:
         if spec.image != trained.image or spec.signal != trained.signal:
             raise InputError(f"`data.path`: {path} has other samples than those that {found.folder} was trained on")
         return spec
-    spec = Dataset(path).spec(recipe.data.split)
+    dataset = Dataset(path)
+    spec = dataset.spec(next(iter(dataset.manifest.splits)))  # classes and channels are those of all splits
     mine, theirs = trained.mask, spec.mask
     assert mine is not None
     assert trained.image is not None

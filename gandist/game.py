@@ -140,6 +140,10 @@ class Game(Section):
     def parts(self, spec: Spec) -> tuple[str, ...]:
         """The parts of a batch that it reads."""
 
+    def parts_named(self, spec: Spec) -> tuple[str, ...]:
+        """Those that its recipe may speak of: a baseline has the keys of the game that it is compared with."""
+        return self.parts(spec)
+
     @abstractmethod
     def faults(self, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
         """Where in the recipe this game contradicts the data, and how."""

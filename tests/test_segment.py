@@ -47,7 +47,7 @@ from gandist.data.sources.scenes import scene
 from gandist.data.stream import EXTENT, IGNORED, Batch
 from gandist.data.transform import resized
 from gandist.game import Clock
-from gandist.games.segment import Segment, in_block, over_places
+from gandist.games.segment import Segment, in_block, over_maps
 from gandist.launcher import World
 from gandist.log import Meter
 from gandist.maps import (
@@ -232,9 +232,28 @@ def test_classes_weigh_by_the_logarithm_of_their_share_and_a_pixel_weighs_one_on
 def test_places_without_a_class_count_nothing_and_every_map_divides_by_all_its_places() -> None:
     losses, there = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]), torch.ones(2, 1, 2, 2)
     there[0, 0, 1] = 0
-    assert float(over_places(losses, there)) == pytest.approx((1 + 2 + 5 + 6 + 7 + 8) / 8)
-    assert float(over_places(torch.tensor([1.0, 2.0]), there)) == pytest.approx(1.5)
-    assert float(over_places(torch.ones(2, 4, 4), there)) == pytest.approx(0.75)  # on another grid, by interpolation
+    game = segment(adversary={"network": {"kind": "per_pixel"}})
+    assert float(game._over_places(losses, there)) == pytest.approx((1 + 2 + 5 + 6 + 7 + 8) / 8)
+    assert float(game._over_places(torch.ones(2, 4, 4), there)) == pytest.approx(0.75)  # by interpolation
+    assert float(game._over_places(torch.tensor([1.0, 2.0]), there)) == pytest.approx(1.5)
+    there[0] = 0
+    assert float(over_maps(torch.tensor([1.0, 2.0]), there)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("network", [{"kind": "patch", "layers": 2}, {"kind": "small_fov", "output": "places"}])
+def test_a_verdict_of_places_lies_where_they_look(network: dict[str, Any]) -> None:
+    """A verdict that grows by the place that it is of, to the right, and a mask that does: each is brought to the other's grid."""
+    game = segment(adversary={"network": network})
+    assert game.adversary is not None
+    maps = torch.zeros(1, 2, 40, 60)
+    with torch.no_grad():
+        shape = game.adversary.network.build(2, 3)(maps).shape
+    first, step = game.adversary.network.places(60, shape[2])
+    verdict = (first + step * torch.arange(shape[2])).expand(shape)
+    inner = slice(math.ceil(first), int(first + step * (shape[2] - 1)) + 1)
+    torch.testing.assert_close(game._at_pixels(verdict, maps)[0, 7, inner], torch.arange(60.0)[inner])
+    there = torch.arange(60.0).expand(1, 1, 40, 60)
+    assert float(game._over_places(torch.ones(shape), there)) == pytest.approx(float(verdict.mean()))
 
 
 # ---- who learns what
@@ -292,7 +311,17 @@ class Shifted(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"adversarial": {"input": "scaling"}}, {"adversary": {"network": {"kind": "per_pixel"}}}]
+    "options",
+    [
+        {},
+        {"adversarial": {"input": "scaling"}},
+        {"adversarial": {"input": "product"}},
+        {"adversary": {"network": {"kind": "two_branch"}}},
+        {"adversary": {"network": {"kind": "patch", "width": 2, "layers": 1}}},
+        {"adversary": {"network": {"kind": "per_pixel"}}},
+        {"adversary": {"network": {"kind": "per_pixel"}}, "unlabelled": {"threshold": 1e-6, "adversarial": 0.0}},
+    ],
+    ids=["basic", "scaling", "product", "two_branch", "patch", "per_pixel", "unlabelled"],
 )
 def test_ignored_pixels_change_no_gradient(scenes: Path, options: dict[str, Any]) -> None:
     game = segment(augmentation=None, dice=1.0, **options)
@@ -305,6 +334,9 @@ def test_ignored_pixels_change_no_gradient(scenes: Path, options: dict[str, Any]
             logits = at.players["segmenter"](batch["image"])
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
         hidden = at_grid(batch["mask"], 2) == IGNORED
+        if game.unlabelled is not None:  # of both images of a row: the segmenter's answers to both are changed
+            hidden &= ~at_grid(batch.inside("unlabelled"), 2)
+            assert hidden.any()
 
         segmenter = at.players["segmenter"]
         if changed:
@@ -375,6 +407,50 @@ def test_unlabelled_images_teach_only_where_the_adversary_is_sure(scenes: Path) 
         assert (float(values["loss/segmenter/unlabelled"]) > 0) == taught
 
 
+UNLABELLED = {
+    "unlabelled": {"adversarial": 0.01, "threshold": 0.1},
+    "adversary": {"network": {"kind": "patch", "width": 4, "layers": 1}, "optimizer": {"kind": "sgd"}},
+    "augmentation": {"crop": [64, 64], "scale": [0.8, 1.25], "flip": True},
+}
+
+
+def test_a_run_with_unlabelled_images_is_described_trained_and_paired_with_its_baseline(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    path = recipe_of(tmp_path, scenes)
+    overrides = [
+        "game.adversary.network={kind: per_pixel, width: 4}",
+        "game.augmentation.crop=[64, 64]",
+        "game.unlabelled={from_images: 32}",
+        "data.subset={samples: 12}",
+        "data.unlabelled_transform={canvas: [64, 64], flip: true}",
+        "data.shuffle=window",
+        "run.images=48",
+    ]
+    described = gandist("describe", path, *overrides)
+    assert described.code == 0, described.err
+    assert gandist("train", path, *overrides).code == 0
+    losses = {
+        row["images"]: row["loss/segmenter/unlabelled"]
+        for row in rows(tmp_path / "run")
+        if "loss/segmenter/unlabelled" in row
+    }
+    assert min(losses) > 32
+    alone = ["game.adversary=null", f"run.folder={tmp_path / 'alone'}"]
+    assert gandist("train", path, *overrides, *alone).code == 0
+    assert all("loss/segmenter/unlabelled" not in row for row in rows(tmp_path / "alone"))
+    # Another dataset is scored in full, whatever subset the run learned from, and whether or not it has a split to learn from.
+    names = Dataset(scenes).manifest.mask.names  # type: ignore[union-attr]
+    shares = (("validation", 0.5), ("test", 0.5))
+    packed(scenes_on_disk(tmp_path / "source", 8), tmp_path / "other", names=names, splits=shares)
+    for split, given in (("test", []), ("validation", ["game.scores={split: validation}"])):
+        done = gandist(
+            "evaluate", tmp_path / "run", f"data.path={tmp_path / 'other'}", *given, "--json", "--out", tmp_path
+        )
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["samples"] == Dataset(tmp_path / "other").spec(split).samples == 4
+
+
 def _played(data: Path, options: dict[str, Any], steps: int) -> dict[str, np.ndarray]:
     at = table(data, segment(**options))
     at.play(steps)
@@ -386,8 +462,8 @@ NORMLESS = {"network": {"kind": "farabet"}, "optimizer": {"kind": "sgd", "learni
 
 @pytest.mark.parametrize(
     "options",
-    [{"dice": 1.0}, {"class_weights": "median_frequency", "adversarial": {"input": "scaling"}}],
-    ids=["dice", "weights"],
+    [{"dice": 1.0}, {"class_weights": "median_frequency", "adversarial": {"input": "scaling"}}, UNLABELLED],
+    ids=["dice", "weights", "unlabelled"],
 )
 def test_two_ranks_learn_what_one_process_learns(scenes: Path, options: dict[str, Any]) -> None:
     sides = {"segmenter": NORMLESS, "adversary": {"network": {"kind": "two_branch"}, "optimizer": {"kind": "sgd"}}}
@@ -785,6 +861,9 @@ def test_another_dataset_of_the_same_classes_is_scored_by_its_path(
     done = gandist("evaluate", trained, f"data.path={tmp_path / 'other'}", "--json", "--out", tmp_path)
     assert done.code == 0, done.err
     assert json.loads(done.out)["samples"] == 6
+    flipped = ["game.inference={flip: true}", "game.scores={boundary_tolerance: 0.01, split: test}"]
+    done = gandist("evaluate", trained, f"data.path={tmp_path / 'other'}", *flipped, "--json", "--out", tmp_path)
+    assert done.code == 0, done.err
     assert not any(name.startswith("train/") for name in json.loads(done.out))
     # under one split with another name, and images larger than the canvas of training
     scenes_on_disk(tmp_path / "larger", 3, [(64, 64)])
@@ -798,6 +877,22 @@ def test_another_dataset_of_the_same_classes_is_scored_by_its_path(
     refused = gandist("evaluate", trained, f"data.path={tmp_path / 'renamed'}", "--out", tmp_path)
     assert refused.code == 2
     assert "pack it with the same numbers and the same --names" in refused.err
+
+
+def test_a_value_that_is_no_class_is_told_with_the_image_that_has_it(
+    trained: Path, scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(scenes, other)
+    manifest = json.loads((other / "dataset.json").read_text())
+    manifest["mask"] |= {"classes": 9, "names": manifest["mask"]["names"][:9]}
+    for counts in manifest["counts"].values():
+        counts |= {"mask_pixels": [], "mask_present": []}
+    (other / "dataset.json").write_text(json.dumps(manifest))
+    failed = gandist("evaluate", trained, f"data.path={other}", "--out", tmp_path)
+    assert failed.code == 1
+    assert "scene_" in failed.err or ".tar: sample" in failed.err
+    assert "and there are 9 classes" in failed.err
 
 
 def test_what_a_run_learned_from_is_refused_whatever_is_said_of_its_data(

@@ -148,6 +148,25 @@ def test_a_patch_has_70_pixels_a_side() -> None:
     assert seen_by_the_middle(means(module), 2, 120).sum() == 70**2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"kind": "patch", "width": 1, "layers": layers} for layers in (1, 2, 3)),
+        {"kind": "large_fov", "output": "places"},
+        {"kind": "small_fov", "output": "places"},
+    ],
+)
+def test_a_place_lies_in_the_middle_of_what_it_sees(options: dict[str, Any]) -> None:
+    chosen = adversary(**options)
+    labels = torch.rand(1, 2, 120, 126, dtype=torch.double, requires_grad=True)
+    logits = means(chosen.build(2, 3))(labels)[0]
+    for number in (logits.shape[1] // 2, logits.shape[1] // 2 + 1):
+        (seen,) = torch.autograd.grad(logits[logits.shape[0] // 2, number], labels, retain_graph=True)
+        columns = seen[0].abs().sum((0, 1)).nonzero().flatten()
+        first, step = chosen.places(126, logits.shape[1])
+        assert first + step * number == (columns[0] + columns[-1]).item() / 2
+
+
 # Kernel and channels of each convolution; what they have with the two outputs of the paper, in millions, for 21 and 63 maps.
 LARGE = [(3, 96), (3, 128), (3, 128), (3, 256), (3, 256), (3, 512), (3, 2)]
 LARGE_LIGHT = [(3, 96), (3, 128), (3, 128), (3, 128), (3, 128), (3, 256), (3, 2)]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gandist.data.dataset import ImageSpec, Spec
+from gandist.data.dataset import ImageSpec, MaskSpec, Spec
 from gandist.data.decode import (
     Pixels,
     decoded,
@@ -245,6 +245,13 @@ def choose(reader: Reader, options: DataOptions, classes: int | None) -> npt.NDA
     raise InputError(
         f"`data.subset`: class {short} has {has[short]} samples in the split, and `per_class` asks for {subset.per_class}"
     )
+
+
+def refuse_strange(mask: Pixels, stored: MaskSpec) -> None:
+    """Raises ValueError where a mask has a value that is neither a class nor the ignored one."""
+    classes, ignore = stored.classes, stored.ignore
+    if int(mask.max(initial=0)) >= classes and (strange := mask[(mask >= classes) & (mask != (ignore or 0))]).size:
+        raise ValueError(f"has a mask with the value {strange[0]}, and there are {classes} classes")
 
 
 def whole_image(member: Member, stored: ImageSpec | None) -> Pixels:
@@ -553,12 +560,7 @@ class Stream:
             if mask.shape != (tuple(arrays["extent"][row]) if "extent" in arrays else arrays["mask"].shape[1:]):
                 raise ValueError(f"has a mask of {mask.shape[1]}×{mask.shape[0]} pixels for another image")
             assert self.spec.mask is not None
-            classes, ignore = self.spec.mask.classes, self.spec.mask.ignore
-            if (
-                int(mask.max(initial=0)) >= classes
-                and (strange := mask[(mask >= classes) & (mask != (ignore or 0))]).size
-            ):
-                raise ValueError(f"has a mask with the value {strange[0]}, and there are {classes} classes")
+            refuse_strange(mask, self.spec.mask)
             laid(mask, arrays["mask"][row], 0)
         if "label" in members:
             label = label_number(members["label"][1])

@@ -13,10 +13,10 @@ from gandist.data.dataset import Dataset
 from gandist.data.decode import Pixels, mask_classes
 from gandist.data.opening import open_batches, open_reader
 from gandist.data.read import Reader
-from gandist.data.stream import Batch, Share, choose, whole_image
+from gandist.data.stream import Batch, Share, choose, refuse_strange, whole_image
 from gandist.metrics.distribution import in_order
 from gandist.networks.noise import BLOCK
-from gandist.recipe import DataOptions, Failure, InputError
+from gandist.recipe import DataOptions, Failure, InputError, SubsetOptions
 
 
 def ranks() -> tuple[int, int]:
@@ -68,14 +68,17 @@ class Stored(NamedTuple):
 
 
 class WholeSamples:
-    """Images and masks of a split in their own sizes, in blocks that processes take in turns: all, or those of `data.subset`."""
+    """Images and masks of a split in their own sizes, in blocks that processes take in turns: all, or those of a subset."""
 
-    def __init__(self, data: DataOptions, split: str, device: torch.device) -> None:
-        self.data, self.device = data.model_copy(update={"split": split, "shuffle": "full"}), device
+    def __init__(
+        self, data: DataOptions, split: str, device: torch.device, subset: SubsetOptions | None = None
+    ) -> None:
+        self.device = device
+        self.data = data.model_copy(update={"split": split, "shuffle": "full", "subset": subset})
         self.spec = Dataset(data.path).spec(split)
         assert self.spec.samples is not None  # an index has counted them
         self.numbers: Sequence[int] = range(self.spec.samples)
-        if data.subset is not None and split == data.split:
+        if subset is not None:
             reader = open_reader(self.data)
             self.numbers = choose(reader, self.data, self.spec.label.classes if self.spec.label else None).tolist()
             reader.close()
@@ -92,6 +95,8 @@ class WholeSamples:
         mask = mask_classes(members["mask"][1], members["mask"][0])
         if mask.shape != pixels.shape[:2]:
             raise ValueError(f"has a mask of {mask.shape[1]}×{mask.shape[0]} pixels for another image")
+        assert self.spec.mask is not None
+        refuse_strange(mask, self.spec.mask)
         return Stored(number, pixels, mask)
 
     def blocks(self, count: int, rows: int) -> Iterator[list[Stored]]:

@@ -30,7 +30,7 @@ from gandist.maps import (
     product,
     scaled,
 )
-from gandist.networks.patch import stretched
+from gandist.networks.patch import sampled
 from gandist.networks.segmentation import AnyAdversary, AnySegmenter
 from gandist.pairs import PairOptions, View, views
 from gandist.palette import beside
@@ -111,11 +111,10 @@ class Segment(Segmenting):
     # ---- what it needs
 
     def parts(self, spec: Spec) -> tuple[str, ...]:
-        return (
-            "image",
-            "mask",
-            *(("unlabelled",) if self.unlabelled is not None and self.adversary is not None else ()),
-        )
+        return self.parts_named(spec) if self.adversary is not None else ("image", "mask")
+
+    def parts_named(self, spec: Spec) -> tuple[str, ...]:
+        return ("image", "mask", *(("unlabelled",) if self.unlabelled is not None else ()))
 
     def faults(self, spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
         assert spec.image is not None
@@ -313,8 +312,8 @@ class Segment(Segmenting):
         else:
             real, fake = adversary(*map(torch.cat, zip(*pairs, strict=True))).chunk(2)
         terms = {
-            "real": over_places(F.softplus(-at_least_fp32(real)), there),
-            "fake": over_places(F.softplus(at_least_fp32(fake)), there),
+            "real": self._over_places(F.softplus(-at_least_fp32(real)), there),
+            "fake": self._over_places(F.softplus(at_least_fp32(fake)), there),
         }
         values = {f"loss/adversary/{name}": term.detach() for name, term in terms.items()}
         values |= {
@@ -346,7 +345,37 @@ class Segment(Segmenting):
     def _fooling(self, verdict: Tensor, there: Tensor) -> Tensor:
         verdict = at_least_fp32(verdict)
         loss = F.softplus(-verdict) if self.adversarial.kind == "non_saturating" else -F.softplus(verdict)
-        return over_places(loss, there)
+        return self._over_places(loss, there)
+
+    def _over_places(self, losses: Tensor, there: Tensor) -> Tensor:
+        """The mean over maps (B,), or over places (B, h', w'): what is ignored in maps (B, 1, h, w) counts 0, and every map divides by all
+        its places.
+        """
+        if losses.ndim == 1:
+            return over_maps(losses, there)
+        if there.shape[2:] == losses.shape[1:]:
+            return (losses * there[:, 0]).mean()
+        places = (
+            first + step * torch.arange(count, device=there.device)
+            for _, count, first, step in self._axes(there, losses)
+        )
+        return (losses * sampled(there[:, 0], *places)).mean()
+
+    def _at_pixels(self, verdict: Tensor, maps: Tensor) -> Tensor:
+        """A verdict (B, h', w') at every pixel of the maps (B, K, h, w) that it is of."""
+        if maps.shape[2:] == verdict.shape[1:]:
+            return verdict
+        pixels = (
+            (torch.arange(side, device=maps.device) - first) / step
+            for side, _, first, step in self._axes(maps, verdict)
+        )
+        return sampled(verdict, *pixels)
+
+    def _axes(self, maps: Tensor, verdict: Tensor) -> list[tuple[int, int, float, float]]:
+        """Of both axes: the pixels of the maps, the places of the verdict, where the first of these lies, and how far apart they are."""
+        assert self.adversary is not None
+        sides = zip(maps.shape[2:], verdict.shape[1:], strict=True)
+        return [(side, count, *self.adversary.network.places(side, count)) for side, count in sides]
 
     def _unlabelled(self, players: Players, batch: Batch, options: UnlabelledOptions) -> dict[str, Tensor]:
         """Section 3.2 of Hung et al. 2018: answers that the adversary takes for true ones teach the segmenter."""
@@ -357,7 +386,7 @@ class Segment(Segmenting):
         there = labelled(at_grid(torch.where(inside, 0, IGNORED), self.stride))
         answers = at_least_fp32(logits).softmax(1) * there
         verdict = at_least_fp32(players["adversary"](*self._inputs(answers, images)))
-        sure = stretched(verdict.detach(), *logits.shape[2:]).sigmoid() > options.threshold
+        sure = self._at_pixels(verdict.detach(), logits).sigmoid() > options.threshold
         guessed = torch.where(sure & (there[:, 0] > 0), logits.detach().argmax(1), IGNORED)
         terms = {"unlabelled": options.weight * cross_entropy(logits, guessed, None, self.pixels == "mean")}
         if options.adversarial:
@@ -379,9 +408,6 @@ def in_block(length: int, turn: int, clock: Clock) -> bool:
     return clock.step // length % 2 == turn
 
 
-def over_places(losses: Tensor, there: Tensor) -> Tensor:
-    """The mean over maps (B,), or over places (B, h, w): there ignored ones count 0, and every map divides by all its places."""
-    if losses.ndim == 1:
-        return losses.mean()
-    places = there[:, 0] if there.shape[2:] == losses.shape[1:] else stretched(there[:, 0], *losses.shape[1:])
-    return (losses * places).mean()
+def over_maps(losses: Tensor, there: Tensor) -> Tensor:
+    """The mean of the losses (B,) of maps, of which those without any place that has a class (B, 1, h, w) count 0."""
+    return (losses * there.flatten(1).amax(1)).mean()

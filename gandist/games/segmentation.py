@@ -74,16 +74,18 @@ class Segmentation(Evaluator):
             raise InputError(
                 f"`game.scores.split`: {error}; name a split that is there, or pack one with --split"
             ) from None
-        self.trained = WholeSamples(data, data.split, device)
-        if options.train_samples > len(self.trained.numbers):
-            raise InputError(
-                f"`game.scores.train_samples`: {options.train_samples}, and the run learns from {len(self.trained.numbers)}; use fewer"
-            )
+        self.trained: WholeSamples | None = None
+        if options.train_samples:
+            self.trained = WholeSamples(data, data.split, device, data.subset)
+            if options.train_samples > len(self.trained.numbers):
+                raise InputError(
+                    f"`game.scores.train_samples`: {options.train_samples}, and the run learns from {len(self.trained.numbers)}; use fewer"
+                )
 
     def __call__(self, players: Players) -> Evaluation | None:
         """All ranks call it together; rank 0 gets the scores."""
         found = self._read(players, self.held_out, len(self.held_out.numbers))
-        trained = self._read(players, self.trained, self.options.train_samples) if self.options.train_samples else None
+        trained = None if self.trained is None else self._read(players, self.trained, self.options.train_samples)
         if ranks()[0] != 0:
             return None
         scores = metrics.scores(found.matrix, self.names)

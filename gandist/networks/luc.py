@@ -113,6 +113,9 @@ class FieldOfView(AdversaryOptions):
     def smallest(self) -> int:
         return 4  # two pools
 
+    def places(self, side: int, count: int) -> tuple[float, float]:
+        return 1.5, 4.0
+
     @abstractmethod
     def layers(self) -> list[Layer]:
         """From the label map to one logit a place."""

@@ -10,7 +10,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from gandist.losses import at_least_fp32
+from gandist.losses import at_least_fp32, uncast
 from gandist.networks.heads import normalise_spectra
 from gandist.networks.segmentation import AdversaryOptions
 
@@ -27,8 +27,21 @@ def stretched(maps: Tensor, height: int, width: int) -> Tensor:
         F.interpolate(torch.eye(count, dtype=maps.dtype, device=maps.device)[None], size=size, mode="linear")[0]
         for count, size in zip(maps.shape[1:], (height, width), strict=True)
     )  # (h', height), (w', width)
-    with torch.autocast(maps.device.type, enabled=False):
+    with uncast(maps):
         return rows.T @ maps @ columns
+
+
+def sampled(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Maps (B, h, w) at the places (n,) × (m,) of a grid, in pixels from the middle of the first one: (B, n, m), bilinearly, and beyond
+    the border as at the border. As products of matrices too.
+    """
+    maps = at_least_fp32(maps)
+    down, across = (
+        (1 - (where.clamp(0, count - 1) - torch.arange(count, device=maps.device)[:, None]).abs()).clamp_min(0)
+        for count, where in zip(maps.shape[1:], (rows, columns), strict=True)
+    )  # (h, n), (w, m)
+    with uncast(maps):
+        return down.to(maps.dtype).T @ maps @ across.to(maps.dtype)
 
 
 def _convolutions(inputs: int, outputs: list[int], strides: list[int]) -> nn.Sequential:
@@ -85,6 +98,10 @@ class Patch(AdversaryOptions):
     @property
     def smallest(self) -> int:
         return 3 << self.layers  # each of the two convolutions that do not halve takes one off
+
+    def places(self, side: int, count: int) -> tuple[float, float]:
+        step = 2.0**self.layers
+        return step + (step - 1) / 2, step  # and so the first place of what is left is the second of all
 
     def build(self, maps: int, channels: int) -> nn.Module:
         outputs = [self.width * min(8, 2**layer) for layer in range(self.layers + 1)]

@@ -102,6 +102,13 @@ class AdversaryOptions(Section):
         """Of the sides of a label map."""
         return 1
 
+    def places(self, side: int, count: int) -> tuple[float, float]:
+        """Where the middle of the first of `count` places lies that judge a label map `side` long, and how far apart they are, in its pixels
+        from the middle of its first one; they divide it evenly unless a network says otherwise.
+        """
+        step = side / count
+        return (step - 1) / 2, step
+
 
 def _choice(role: str, base: type[Section]) -> Choice:
     return Choice(f"a network of this role ({role})", partial(installed, "gandist.networks", f"{role}.", base))
