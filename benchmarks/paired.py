@@ -26,7 +26,7 @@ import yaml
 from trials import Help, Trial, curve, finish, machine, options, refuse_few, refuse_ours, train_all
 
 from gandist.check import read_recipe
-from gandist.game import Game
+from gandist.metrics.protocol import card
 from gandist.plots import learning_curves
 from gandist.recipe import Failure, InputError, Recipe
 from gandist.run import versions
@@ -81,30 +81,56 @@ def differ(old: Any, new: Any) -> bool:
 
 
 def refuse_others(folder: Path, recipe: Recipe) -> None:
-    """Raises InputError where a run that is there was trained by another game, seed or batch than the recipe's."""
+    """Raises InputError where a run that is there was trained or scored otherwise than the recipe says."""
     try:
         text = (folder / "recipe.yaml").read_text()
     except OSError:
         return  # not begun yet
     old, new = yaml.safe_load(text), recipe.model_dump(mode="json")
-    for harmless in ("scores", "inference"):
-        old["game"].pop(harmless, None)
-        new["game"].pop(harmless, None)
-    wanted = [("game", key) for key in new["game"]] + [
-        ("run", "seed"),
-        ("run", "batch"),
-        ("data", "transform"),
-        ("data", "subset"),
-    ]
+    wanted = [("game", key) for key in new["game"]]
+    wanted += [("run", key) for key in ("seed", "batch", "precision")]
+    wanted += [("data", key) for key in ("split", "transform", "subset")]
     for section, key in wanted:
         if key in old[section] and differ(old[section][key], new[section][key]):
             raise InputError(
-                f"{folder}: was trained with another `{section}.{key}`; name another folder by --out, or take the override back"
+                f"{folder}: is a run with another `{section}.{key}`; name another folder by --out, or take the override back"
             )
 
 
-def scores(folder: Path, at: int | None) -> dict[str, float]:
-    """The evaluation of a run at its end, or at so many images; raises Failure where there is none."""
+def protocol(folder: Path, images: int, found: dict[str, float]) -> dict[str, Any]:
+    """The card of these scores, as the run wrote it; raises Failure where it is not there."""
+    for path in sorted((folder / "evaluations").glob(f"images_{images:09d}_*.json")):
+        written = json.loads(path.read_text())
+        if written["scores"] == found:
+            return card(written["protocol"]).defining()
+    raise Failure(
+        f"{folder / 'evaluations'}: the file of the scores at {images:,} images is not there; restore it, or train anew"
+    )
+
+
+def refuse_protocols(cards: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """Raises InputError where scores that would be averaged or subtracted are not of one protocol.
+
+    Seeds may have divisions of their own. What is compared may compute otherwise, but is scored on the same data by the same rules.
+    """
+    (first, seed), *_ = cards
+    for (arm, other), found in cards.items():
+        for left, right, loose in (
+            ((arm, seed), (arm, other), {"dataset", "samples"}),
+            ((first, other), (arm, other), {"ema", "precision", "transform"}),
+        ):
+            before = cards[left]
+            differing = [name for name in found if name not in loose and found[name] != before.get(name)]
+            if differing:
+                name = differing[0]
+                raise InputError(
+                    f"{left[0]}_{left[1]} and {right[0]}_{right[1]} were scored otherwise: `{name}` {before.get(name)!r} and {found[name]!r}; train one of "
+                    "them anew, in another --out"
+                )
+
+
+def scores(folder: Path, at: int | None) -> tuple[dict[str, float], dict[str, Any]]:
+    """The evaluation of a run at its end, or at so many images, and its card; raises Failure where there is none."""
     found = record(folder)
     images = max((row["images"] for row in found if "images" in row), default=0) if at is None else at
     scored = [row for row in found if any(name.startswith("score/") for name in row)]
@@ -114,7 +140,8 @@ def scores(folder: Path, at: int | None) -> dict[str, float]:
         raise Failure(
             f"{folder}: has no scores at {images:,} images; it has some at {there}; the same command without --at goes on"
         )
-    return {name.removeprefix("score/"): value for name, value in last[-1].items() if name.startswith("score/")}
+    values = {name.removeprefix("score/"): value for name, value in last[-1].items() if name.startswith("score/")}
+    return values, protocol(folder, images, values)
 
 
 def began(folder: Path) -> dict[str, Any]:
@@ -126,7 +153,9 @@ def began(folder: Path) -> dict[str, Any]:
 
 def report(arguments: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
     """Everything, as the JSON that is written."""
-    found = {arm: [scores(trial(arm, seed, arguments).folder, arguments.at) for seed in seeds] for arm in ARMS}
+    scored = {(arm, seed): scores(trial(arm, seed, arguments).folder, arguments.at) for arm in ARMS for seed in seeds}
+    refuse_protocols({run: protocol for run, (_, protocol) in scored.items()})
+    found = {arm: [scored[arm, seed][0] for seed in seeds] for arm in ARMS}
     names = [name for name in found["with"][0] if all(name in one for several in found.values() for one in several)]
     table = {}
     for name in names:
@@ -184,13 +213,15 @@ def measure(arguments: argparse.Namespace) -> int:
         raise InputError(f"--first-seed {arguments.first_seed}: must be 0 or more")
     seeds = [*range(arguments.first_seed, arguments.first_seed + arguments.seeds)]
     trials = [trial(arm, seed, arguments) for seed in seeds for arm in ARMS]
-    for one in trials:
-        recipe = read_recipe(arguments.recipe, [*one.overrides, f"run.folder={one.folder}"])
-        assert isinstance(recipe.game, Game)
-        if recipe.run.evaluate_images is None:
-            raise InputError(
-                f"{arguments.recipe}: `run.evaluate_images` is not set, so that there is nothing to compare"
-            )
+    recipes = [read_recipe(arguments.recipe, [*one.overrides, f"run.folder={one.folder}"]) for one in trials]
+    if recipes[0].run.evaluate_images is None:
+        raise InputError(f"{arguments.recipe}: `run.evaluate_images` is not set, so that there is nothing to compare")
+    first, second = (recipe.model_dump(exclude={"run": {"folder"}}) for recipe in recipes[:2])
+    if first == second:
+        raise InputError(
+            f"--without {' '.join(arguments.without)}: changes nothing in this recipe, so that both runs of a pair would be one"
+        )
+    for one, recipe in zip(trials, recipes, strict=True):
         refuse_others(one.folder, recipe)
     if arguments.at is None:
         train_all(arguments.recipe, trials, arguments.jobs, arguments.out)

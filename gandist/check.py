@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.decode import image_shape
@@ -82,6 +83,8 @@ def contradictions(
             source.fault(("game", *location), message)
         for name, message in [] if source.faults else _checkpointing(game, spec, run):
             source.fault(("game", name, "activation_checkpointing"), message)
+        for message in [] if source.faults or run is None else _single_rows(game, spec, run):
+            source.fault(("run", "batch"), message)
         if isinstance(game, Generative | Segmenting) and "image" in game.parts(spec) and data is not None:
             moved = data.transform
             if moved.mean is not None or moved.range != (-1.0, 1.0):
@@ -156,6 +159,30 @@ def _checkpointing(game: Game, spec: Spec, run: RunOptions | None) -> Iterator[t
             yield name, "has no effect: its network has no blocks; those of resnet, r3gan and unet have"
         elif run is not None and run.compile:
             yield name, "`run.compile` chooses by itself what is computed again; leave one of them out"
+
+
+def _single_rows(game: Game, spec: Spec, run: RunOptions) -> Iterator[str]:
+    """Why a player cannot learn from one row at a time: its batch norm would normalise single values."""
+    if run.batch != ranks() * run.accumulate:
+        return
+    for name, side in game.sides(spec).items():
+        with torch.device("meta"):
+            module = side.build()
+            rows = [example[:1] for example in game.examples(spec)[name]]
+        if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+            continue
+        try:
+            with torch.no_grad():
+                module(*rows)
+        except NotImplementedError:  # an operator that does not know its shapes
+            continue
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            yield (
+                f"{run.batch} leaves one image to a batch norm of the {name} whose maps have one place, and one value cannot be normalised; use "
+                f"{2 * run.batch} or more"
+            )
 
 
 def read_recipe(path: Path, overrides: list[str], allow_pipe: bool = False) -> Recipe:

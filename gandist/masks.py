@@ -21,6 +21,7 @@ from torch import Tensor
 from gandist.check import MAX_BATCH
 from gandist.data.dataset import write_atomically
 from gandist.data.decode import ENCODED, Pixels
+from gandist.data.transform import resized
 from gandist.game import Segmenting
 from gandist.inputs import Asked, Found, images_of, plain
 from gandist.palette import bytes_of_palette
@@ -68,10 +69,13 @@ class MaskPredictor(Asked):
     def pixels(self, image: Found) -> Pixels:
         """(H, W, C) of an image in its own size; raises ValueError."""
         pixels = self.decoded(image)
-        needed = 2 * 4 * len(self.names) * pixels.shape[0] * pixels.shape[1]
+        height, width = resized(pixels.shape[0], pixels.shape[1], self.transform.size)
+        largest = max(self.options.scales) ** 2 * height * width  # as the network sees it
+        needed = round(4 * len(self.names) * (2 * pixels.shape[0] * pixels.shape[1] + largest))
         if needed > MAX_BATCH:
             raise ValueError(
-                f"is {pixels.shape[1]}×{pixels.shape[0]}: the probabilities of its pixels are {needed / 2**30:.0f} GiB; shrink it"
+                f"is {pixels.shape[1]}×{pixels.shape[0]}: the probabilities of its pixels are {needed / 2**30:.0f} GiB; shrink it, or answer at smaller "
+                "`scales`"
             )
         return pixels
 

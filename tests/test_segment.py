@@ -1117,9 +1117,14 @@ def test_the_paired_report_is_of_its_runs_and_goes_on(scenes: Path, tmp_path: Pa
         failed = report("--seeds", 1, *wrong)
         assert failed.returncode == 2
         assert why in failed.stderr
-    other = report("--seeds", 1, "game.adversarial.weight=5")
-    assert other.returncode == 2
-    assert "was trained with another `game.adversarial`; name another folder" in other.stderr
+    for wrong, why in (
+        (["game.adversarial.weight=5"], "is a run with another `game.adversarial`; name another folder"),
+        (["game.inference.flip=true"], "is a run with another `game.inference`; name another folder"),
+        (["--without", "game.dice=null"], "--without game.dice=null: changes nothing in this recipe"),
+    ):
+        other = report("--seeds", 1, *wrong)
+        assert other.returncode == 2
+        assert why in other.stderr
     early = report("--seeds", 2, "--at", 16)
     assert early.returncode == 0, early.stderr
     assert "after 16 images" in early.stdout
@@ -1132,11 +1137,39 @@ def test_the_paired_report_is_of_its_runs_and_goes_on(scenes: Path, tmp_path: Pa
         assert failed.returncode == 1
         assert why in failed.stderr
         assert "Traceback" not in failed.stderr
+    # Runs that were scored by other rules, or on other data than the other of their pair, are not averaged and not subtracted.
+    (written,) = (tmp_path / "paired" / "with_1" / "evaluations").glob("images_000000016_*.json")
+    text = written.read_text()
+    for old, new, name in (
+        ('"boundary_tolerance": 0.0075', '"boundary_tolerance": 0.01', "settings"),
+        (f'"dataset": "{Dataset(scenes).digest}"', f'"dataset": "{64 * "0"}"', "dataset"),
+    ):
+        assert old in text
+        written.write_text(text.replace(old, new))
+        failed = report("--seeds", 2, "--at", 16)
+        assert failed.returncode == 2
+        assert f"were scored otherwise: `{name}`" in failed.stderr
+    written.unlink()
+    failed = report("--seeds", 2, "--at", 16)
+    assert failed.returncode == 1
+    assert "the file of the scores at 16 images is not there" in failed.stderr
 
 
 def scores_of(run: Path) -> list[int]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line["images"] for line in lines if "score/mean_iou" in line]
+
+
+def test_one_image_is_refused_where_a_batch_norm_would_see_one_value(
+    scenes: Path, tmp_path: Path, gandist: Callable[..., Result]
+) -> None:
+    path = recipe_of(tmp_path, scenes)
+    small = ["game.augmentation.crop=[4, 4]", "game.adversary=null", "run.images=2"]
+    failed = gandist("train", path, *small, "run.batch=1")
+    assert failed.code == 2
+    assert "1 leaves one image to a batch norm of the segmenter" in failed.err
+    assert not (tmp_path / "run").exists()
+    assert gandist("train", path, *small, "run.batch=2", "run.evaluate_images=null").code == 0
 
 
 def test_scores_that_a_stop_did_not_wait_for_are_made_up_once(
