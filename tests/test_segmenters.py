@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gandist.networks import farabet
 from gandist.networks.dilated import Dilated8
 from gandist.networks.luc import receptive_field
-from gandist.networks.patch import stretched
+from gandist.networks.resampling import stretched
 from gandist.networks.segmentation import (
     AdversaryOptions,
     AnyAdversary,
@@ -500,6 +500,10 @@ ZOO: list[dict[str, Any]] = [
     {"kind": "timm", "model": "resnet18", "width": 8},
     {"kind": "timm", "model": "mobilenetv3_small_100", "width": 8},
     {"kind": "timm", "model": "convnext_atto", "width": 8},
+    {"kind": "timm", "model": "vit_tiny_patch16_224", "width": 8},
+    {"kind": "timm", "model": "vit_small_patch14_dinov2", "width": 8},
+    {"kind": "timm", "model": "swin_tiny_patch4_window7_224", "width": 8},
+    {"kind": "smp", "model": "DPT", "encoder": "tu-vit_tiny_patch16_224.augreg_in21k"},
 ]
 
 
@@ -537,7 +541,7 @@ def test_unknown_names_are_faults_with_the_nearest_known_one(zoo: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"kind": "timm", "model": "vit_tiny_patch16_224"}, "doesn't match model"),
+        ({"kind": "timm", "model": "beit_base_patch16_224"}, "doesn't match model"),
         ({"kind": "smp", "model": "PAN", "encoder": "resnet18"}, "too small"),
         ({"kind": "smp", "model": "Linknet", "encoder": "mit_b0"}, "not supported for Linknet"),
         ({"kind": "smp", "model": "PSPNet", "encoder": "resnet18", "depth": 4}, "of 64×64 it makes logits of 32×32"),

@@ -5,30 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
 from gandist.losses import at_least_fp32, uncast
 from gandist.networks.heads import normalise_spectra
+from gandist.networks.resampling import stretched
 from gandist.networks.segmentation import AdversaryOptions
 
 Width = Annotated[int, Field(ge=1, le=1024)]
-
-
-def stretched(maps: Tensor, height: int, width: int) -> Tensor:
-    """Maps (B, h', w') by bilinear interpolation to (B, height, width).
-
-    As two products of matrices: the backward of torch's own adds up in no fixed order on CUDA.
-    """
-    maps = at_least_fp32(maps)
-    rows, columns = (
-        F.interpolate(torch.eye(count, dtype=maps.dtype, device=maps.device)[None], size=size, mode="linear")[0]
-        for count, size in zip(maps.shape[1:], (height, width), strict=True)
-    )  # (h', height), (w', width)
-    with uncast(maps):
-        return rows.T @ maps @ columns
 
 
 def sampled(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gandist.losses import uncast
+from gandist.losses import at_least_fp32, uncast
 from gandist.networks import Shape
 
 
@@ -73,6 +73,20 @@ class DoubleSmoothly(nn.Module):
         ):  # of the slice of a concatenation it would be computed five times as slowly
             doubled.register_hook(_by_pixel)  # type: ignore[no-untyped-call]
         return doubled
+
+
+def stretched(maps: Tensor, height: int, width: int) -> Tensor:
+    """Maps (…, h', w') by bilinear interpolation to (…, height, width).
+
+    As two products of matrices: the backward of torch's own adds up in no fixed order on CUDA.
+    """
+    maps = at_least_fp32(maps)
+    rows, columns = (
+        F.interpolate(torch.eye(count, dtype=maps.dtype, device=maps.device)[None], size=size, mode="linear")[0]
+        for count, size in zip(maps.shape[-2:], (height, width), strict=True)
+    )  # (h', height), (w', width)
+    with uncast(maps):
+        return rows.T @ maps @ columns
 
 
 class Crop(nn.Module):

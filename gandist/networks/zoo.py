@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from gandist.networks.dilated import MEAN, Normalise
-from gandist.networks.resampling import DoubleSmoothly
+from gandist.networks.resampling import DoubleSmoothly, stretched
 from gandist.networks.segmentation import Fitted, PretrainedOptions, SegmenterOptions
 from gandist.recipe import Failure, suggestion
 from gandist.tensors import fill
@@ -51,6 +53,16 @@ def _inner(module: nn.Module) -> Any:
     assert isinstance(module, Fitted)
     assert isinstance(module.network, nn.Sequential)
     return module.network[1]
+
+
+def _of_any_size(build: Callable[..., nn.Module]) -> nn.Module:
+    """What `build` gives for images of any size: timm's transformers have one size, unless they are told."""
+    try:
+        return build(dynamic_img_size=True)
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+    return build()
 
 
 def _built(build: Callable[[], nn.Module]) -> nn.Module:
@@ -123,10 +135,11 @@ def _misfits(options: Smp | Timm, channels: int, height: int, width: int) -> Ite
     if options.weights is not None and channels != len(MEAN):
         yield f"`weights` are for images of {len(MEAN)} channels, and the dataset's have {channels}; leave them out"
         return
-    whole = tuple(-(-side // _MULTIPLE) * _MULTIPLE for side in (height, width))
     try:
         with torch.device("meta"):
-            made = options.module(channels, 2).eval()(torch.empty(2, channels, *whole))
+            fitted = cast(Fitted, options.build(channels, 2).eval())
+            whole = tuple(-(-side // fitted.multiple) * fitted.multiple for side in (height, width))
+            made = fitted.network(torch.empty(2, channels, *whole))
         assert made.shape[2:] == whole, f"of {whole[1]}×{whole[0]} it makes logits of {made.shape[3]}×{made.shape[2]}"
     except NotImplementedError:  # an operator that does not know its shapes
         return
@@ -159,7 +172,8 @@ class Smp(SegmenterOptions):
             if decoder is not None and isinstance(decoder.default, tuple):  # one number a stage, finest last
                 options["decoder_channels"] = decoder.default[-self.depth :]
         names = {"encoder_name": self.encoder, "encoder_weights": None}  # nothing is downloaded
-        network = _built(lambda: model(**names, in_channels=channels, classes=classes, **options))
+        build = partial(model, **names, in_channels=channels, classes=classes, **options)
+        network = _built(partial(_of_any_size, build) if self.encoder.startswith("tu-") else build)
         return _whole(_working(network, channels), self.weights)
 
     @staticmethod
@@ -215,16 +229,21 @@ class _Pyramid(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        stages = [lateral(seen) for lateral, seen in zip(self.lateral, self.backbone(images), strict=True)]
+        seen = [self._by_channel(maps) for maps in self.backbone(images)]
+        stages = [lateral(maps) for lateral, maps in zip(self.lateral, seen, strict=True)]
         features = stages.pop()
         for finer in reversed(stages):
-            features = finer + self._enlarged(features, finer.shape[2])
-        return self._enlarged(self.last(features), images.shape[2])
+            features = finer + self._enlarged(features, finer.shape[2:])
+        return self._enlarged(self.last(features), images.shape[2:])
 
-    def _enlarged(self, maps: Tensor, height: int) -> Tensor:
-        while maps.shape[2] < height:
+    def _by_channel(self, maps: Tensor) -> Tensor:
+        """(B, C, h, w), as most backbones give their maps, and some (B, h, w, C)."""
+        return maps.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else maps
+
+    def _enlarged(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+        while 2 * maps.shape[2] <= size[0]:
             maps = self.doubled(maps)
-        return maps
+        return maps if [*maps.shape[2:]] == [*size] else stretched(maps, size[0], size[1]).to(maps.dtype)
 
 
 class Timm(SegmenterOptions):
@@ -245,10 +264,15 @@ class Timm(SegmenterOptions):
     def module(self, channels: int, classes: int) -> nn.Module:
         import timm
 
-        backbone = _built(
-            lambda: timm.create_model(self.model, pretrained=False, features_only=True, in_chans=channels)
-        )
+        build = partial(timm.create_model, self.model, pretrained=False, features_only=True, in_chans=channels)
+        backbone = _built(partial(_of_any_size, build))
         return _whole(_working(_Pyramid(backbone, classes, self.width), channels), self.weights)
+
+    def build(self, channels: int, classes: int) -> nn.Module:
+        whole = self.module(channels, classes)
+        assert isinstance(whole, nn.Sequential)
+        backbone: Any = whole[1].backbone
+        return Fitted(whole, math.lcm(*backbone.feature_info.reduction()), self.stride)
 
     @property
     def pretrained(self) -> PretrainedOptions | None:
