@@ -6,14 +6,14 @@ import importlib.util
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.decode import image_shape
-from gandist.data.opening import data_spec, open_reader
+from gandist.data.opening import data_spec, open_reader, unlabelled_spec
 from gandist.data.plain import locations
 from gandist.data.read import BadSample
 from gandist.data.stream import PARTS
@@ -38,9 +38,9 @@ def learned_from(split: str) -> str:
     return f"{split} is what the run learns from; name another split, or pack one with --split"
 
 
-def _check_first(data: DataOptions) -> None:
+def _check_first(data: DataOptions, alone: bool = True) -> None:
     """Reads the first sample; raises InputError, Failure or ValueError where it is not what `dataset.json` says."""
-    reader = open_reader(data)
+    reader = open_reader(data, alone)
     stored = reader.dataset.spec(data.split)
     try:
         members = reader.uncached().members(0)
@@ -77,6 +77,11 @@ def contradictions(
         except ValueError as error:
             spec = None
             source.fault(("data",), str(error))
+        try:
+            if spec is not None and unlabelled_spec(data, spec) is not None:
+                _check_first(cast(DataOptions, data.unlabelled()), alone=False)
+        except (ValueError, Failure) as error:
+            source.fault(("data", "unlabelled_path"), str(error))
     if spec is not None and isinstance(game, Game):
         faults, parts = [*missing_parts(game, spec)], {*game.parts_named(spec)}
         for location, message in faults or game.faults(spec):
@@ -110,10 +115,9 @@ def contradictions(
                 )
         if data is not None and run is not None and run.evaluate_images is not None and game.held_out == data.split:
             source.fault(("game", "scores", "split"), learned_from(data.split))
-        if data is not None and data.unlabelled_transform is not None and not _UNLABELLED & parts:
-            source.fault(
-                ("data", "unlabelled_transform"), f"the game {game.kind} reads no unlabelled images; leave it out"
-            )
+        for name in ("unlabelled_transform", "unlabelled_path"):
+            if getattr(data, name, None) is not None and not _UNLABELLED & parts:
+                source.fault(("data", name), f"the game {game.kind} reads no unlabelled images; leave it out")
         whole = bool(_UNLABELLED & parts)
         if data is not None and data.subset is not None and data.shuffle == "window" and not whole:
             source.fault(

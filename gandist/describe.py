@@ -51,7 +51,8 @@ def data_in_words(recipe: Recipe, spec: Spec, steps: int) -> Iterator[str]:
         if spec.samples
         else "samples that nobody counted"
     )
-    whole = data_spec(recipe.data.model_copy(update={"subset": None}), True).samples if unlabelled else None
+    source = recipe.data.unlabelled() or recipe.data.model_copy(update={"subset": None})
+    whole = data_spec(source, True).samples if unlabelled else None
     if whole:
         times = "" if len(unlabelled) == 1 else " by each player"
         yield f"{whole:,} unlabelled samples, each seen {seen / whole:,.1f} times{times}"

@@ -53,6 +53,7 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
         given |= {"game.scores.split", "game.scores.train_samples", "game.scores.features"}
 
     def check(source: Source, data: DataOptions | None, game: Any, _: RunOptions | None) -> None:
+        data = data.labelled() if data is not None else None
         if data is not None and isinstance(game, Segmenting):
             return  # images of any size are answered: what else they need is looked at by `_spec`
         with suppress(InputError, Failure):  # of a dataset that is not there, which is told below
@@ -76,6 +77,7 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
             "'game.scores.features={kind: torchscript, path: …, sha256: …}', or other features"
         )
     refuse_secrets(recipe.data.path, "a recipe is copied into logs and checkpoints")
+    recipe = recipe.model_copy(update={"data": recipe.data.labelled()})
     if recipe.data.reader != "index" or not _another(found, recipe.data):
         return recipe
     return _for_another(recipe.model_copy(update={"data": _fitted(found, recipe.data, given)}), given)

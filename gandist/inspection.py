@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from gandist.data.opening import open_reader
+from gandist.data.dataset import Dataset
+from gandist.data.opening import open_batches
 from gandist.data.stream import PARTS, Batch, Share, Stream
 from gandist.game import Game
 from gandist.palette import beside
@@ -34,18 +36,11 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
     if recipe.data.reader != "index":
         raise InputError("`data.reader`: webdataset has no keys to tell beforehand; `inspect` needs the index reader")
     assert isinstance(recipe.game, Game)
-    readers = [open_reader(recipe.data) for _ in range(world_size)]
-    reader = readers[0].uncached()
-    roles = reader.dataset.spec(recipe.data.split).roles
-    parts = {
-        *recipe.game.parts(reader.dataset.spec(recipe.data.split)),
-        *(role for role in roles if PARTS[role].role == role),
-    }
+    stored = Dataset(recipe.data.path).spec(recipe.data.split)
+    parts = {*recipe.game.parts(stored), *(role for role in stored.roles if PARTS[role].role == role)}
     run, cpu = recipe.run, torch.device("cpu")
-    streams = [
-        Stream(opened, recipe.data, Share(sorted(parts), run.batch, run.seed, cpu, rank=rank, ranks=world_size))
-        for rank, opened in enumerate(readers)
-    ]
+    shares = [Share(sorted(parts), run.batch, run.seed, cpu, rank=rank, ranks=world_size) for rank in range(world_size)]
+    streams = [cast(Stream, open_batches(recipe.data, share)) for share in shares]
     seen: list[Tensor] = []
     wanted = shown(streams[0].spec)
     try:
@@ -56,8 +51,8 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
                         raise Failure(fault.message)
                     yield f"bad sample {fault.number}, whose place another takes: {fault.message}"
                 for batch in stream.read(draw):
-                    for view, numbers in _views(batch).items():
-                        keys = " ".join(reader.key(number) for number in numbers)
+                    for view, (part, numbers) in _views(batch).items():
+                        keys = " ".join(stream.key(part, number) for number in numbers)
                         yield f"draw {draw} rank {rank}{view}: {keys}"
                     if sum(map(len, seen)) < wanted:
                         seen.append(looked_at(recipe.game.seen(batch)))
@@ -68,12 +63,12 @@ def inspect(recipe: Recipe, draws: str, world_size: int, out: Path) -> Iterator[
             stream.close()
 
 
-def _views(batch: Batch) -> dict[str, list[int]]:
-    """The sample numbers by view; the first one needs no name."""
-    found: dict[str, list[int]] = {}
+def _views(batch: Batch) -> dict[str, tuple[str, list[int]]]:
+    """A part and its sample numbers by view; the first one needs no name."""
+    found: dict[str, tuple[str, list[int]]] = {}
     for part, numbers in batch.numbers.items():
         view = PARTS[part].view
-        found["" if view == "labelled" else f" {view}"] = [*numbers]
+        found["" if view == "labelled" else f" {view}"] = part, [*numbers]
     return found
 
 

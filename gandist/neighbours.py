@@ -42,7 +42,7 @@ def real_data(sampler: Sampler, path: str | None) -> DataOptions:
     """
     recipe = sampler.found.state.recipe.get("data")
     try:
-        options = DataOptions.model_validate(recipe)
+        options = DataOptions.model_validate(recipe).labelled()
     except ValueError as error:
         raise Failure(f"{sampler.found.folder}: its recipe is not one of this version: {error}") from None
     if path is None and options.reader != "index":

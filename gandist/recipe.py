@@ -150,7 +150,8 @@ class SubsetOptions(Section):
 class DataOptions(Section):
     """What is read, in which order: a dataset made by `gandist pack` or `gandist index`, here or behind a URL.
 
-    With `reader: webdataset` the path names tars, with braces for many, and nothing is indexed.
+    With `reader: webdataset` the path names tars, with braces for many, and nothing is indexed. Unlabelled images are those of all samples,
+    or those of the dataset at `unlabelled_path`.
     """
 
     path: Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)]  # the dataset's digest is compared instead
@@ -160,6 +161,8 @@ class DataOptions(Section):
     window_shards: Annotated[int, Field(ge=1, le=4096)] = 16
     transform: TransformOptions = TransformOptions()
     unlabelled_transform: TransformOptions | None = None
+    unlabelled_path: Annotated[str, Field(min_length=1, pattern=NO_NUL, **harmless)] | None = None  # likewise
+    unlabelled_split: str = "train"
     subset: SubsetOptions | None = None
     classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None  # of the labels, where no index counted them
     buffer: Annotated[int, Field(ge=1, le=1_000_000)] = 1000  # samples that the webdataset reader shuffles among
@@ -176,9 +179,21 @@ class DataOptions(Section):
         if "window_shards" in given and self.shuffle != "window":
             raise ValueError("`window_shards` has no effect without `shuffle: window`")
         indexed, streamed = (
-            {"split", "shuffle", "subset", "quarantine", "cache", "cache_gib", "memory_gib"},
+            {
+                "split",
+                "shuffle",
+                "subset",
+                "quarantine",
+                "cache",
+                "cache_gib",
+                "memory_gib",
+                "unlabelled_path",
+                "unlabelled_split",
+            },
             {"classes", "buffer"},
         )
+        if "unlabelled_split" in given and self.unlabelled_path is None:
+            raise ValueError("`unlabelled_split` has no effect without `unlabelled_path`; leave it out")
         if self.reader == "webdataset" and self.transform.canvas is not None:
             raise ValueError("`transform.canvas` needs `reader: index`; set `transform.crop` instead")
         if self.reader == "webdataset" and self.workers == 0:
@@ -188,6 +203,20 @@ class DataOptions(Section):
         for name in sorted((indexed if self.reader == "webdataset" else streamed) & given):
             raise ValueError(f"`{name}` has no effect with `reader: {self.reader}`")
         return self
+
+    def unlabelled(self) -> DataOptions | None:
+        """The section of the dataset that unlabelled images are of, where it is another one."""
+        if self.unlabelled_path is None:
+            return None
+        moved = self.transform if self.unlabelled_transform is None else self.unlabelled_transform
+        changes = {"path": self.unlabelled_path, "split": self.unlabelled_split, "transform": moved}
+        none = {"subset": None, "unlabelled_path": None, "unlabelled_split": "train", "unlabelled_transform": None}
+        return self.model_copy(update={**changes, **none})
+
+    def labelled(self) -> DataOptions:
+        """The same without what says anything of unlabelled images."""
+        none = {"unlabelled_path": None, "unlabelled_split": "train", "unlabelled_transform": None}
+        return self.model_copy(update=none)
 
 
 class RunOptions(Section):

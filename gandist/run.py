@@ -64,9 +64,11 @@ class Run:
         self.recipe, self.world, self.game = recipe, world, recipe.game
         self.folder = Path(recipe.run.folder)
         digest, self.spec = data_digest(recipe.data), data_spec(recipe.data, allow_pipe)
+        other = recipe.data.unlabelled()
         self.phases = self.game.phases(self.spec)
         self.clock = Clock(recipe.run.batch, recipe.run.images)
         self.decisive = recipe.decisive() | {"data": digest, "run.precision": world.precision}
+        self.decisive |= {"data.unlabelled_path": data_digest(other)} if other is not None else {}
         self.run_id = f"{derive(recipe.run.seed, 'run', time.time_ns()):016x}"
         self.found: checkpoint.Checkpoint | None = None
         self.warnings: list[str] = []
@@ -78,7 +80,7 @@ class Run:
         self._health, self._health_of_samples = Health(), Health()  # of each row, and of each sheet of samples
         self._seen: dict[str, float] = {}  # what rank 0 alone measures goes into its next row
         self._reals: Tensor | None = None
-        text = recipe.to_yaml() + digest + world.precision
+        text = recipe.to_yaml() + digest + str(self.decisive.get("data.unlabelled_path")) + world.precision
         same = hashlib.blake2b(text.encode(), digest_size=7).digest()
         world.agree("recipe, dataset and precision", int.from_bytes(same, "little"))
         self.evaluator: Evaluator | None = None
@@ -317,8 +319,8 @@ class Run:
     def _some_rows(self, count: int, parts: tuple[str, ...] | None = None) -> Batch:
         """So many rows of some or all parts that the game reads, or all where there are fewer, on the CPU; one process asks alone."""
         parts, data = parts or self.game.parts(self.spec), self.recipe.data
-        if PARTS[parts[0]].view != "labelled":  # of the whole split
-            data = data.model_copy(update={"subset": None})
+        if PARTS[parts[0]].view != "labelled":  # of the whole split, or of another dataset
+            data = data.unlabelled() or data.model_copy(update={"subset": None})
         count = min(count, data_spec(data, self.allow_pipe).samples or self.recipe.run.batch)
         share = Share(parts, count, self.recipe.run.seed, torch.device("cpu"))
         stream = open_batches(self.recipe.data, share, self.allow_pipe)

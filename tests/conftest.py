@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -25,7 +25,7 @@ from PIL import Image
 
 from gandist.cli import main
 from gandist.data.dataset import Dataset
-from gandist.data.opening import open_reader
+from gandist.data.opening import open_batches
 from gandist.data.order import Full, places_of
 from gandist.data.pack import Options, Packing, pack
 from gandist.data.sources.scenes import scene
@@ -88,7 +88,7 @@ def open_stream(
     """A stream of a dataset on the CPU; `options` are those of the recipe's section `data`."""
     chosen = DataOptions(path=str(path), **options)
     share = Share(parts, batch, seed, torch.device("cpu"), rank, ranks, accumulate, recall)
-    return Stream(open_reader(chosen), chosen, share)
+    return cast(Stream, open_batches(chosen, share))
 
 
 @dataclass

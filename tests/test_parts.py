@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
@@ -279,3 +280,94 @@ def test_readers_leave_no_file_open(fashion: Path) -> None:
             stream.read(draw)
         stream.close()
     assert len(os.listdir("/proc/self/fd")) <= before + 3  # memory maps of indexes have no descriptors
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty grey images of 20×24 pixels, without labels; each one's pixels are its number."""
+    root = tmp_path_factory.mktemp("others")
+    (root / "in").mkdir()
+    for number in range(40):
+        Image.fromarray(np.full((24, 20), number, np.uint8)).save(root / "in" / f"{number:02}.png")
+    packed(root / "in", root / "out", shard_samples=16)
+    return root / "out"
+
+
+def elsewhere(others: Path) -> dict[str, object]:
+    return {"unlabelled_path": str(others), "unlabelled_transform": {"size": 28, "crop": 28}}
+
+
+@pytest.mark.parametrize("shuffle", [{}, {"shuffle": "window", "window_shards": 2}], ids=["full", "window"])
+def test_unlabelled_images_may_be_of_another_dataset(fashion: Path, others: Path, shuffle: dict) -> None:
+    parts, batch = ("image", "label", "unlabelled", "unlabelled_again"), 40
+    labelled = {"subset": {"per_class": 2}} if not shuffle else {}
+    seen = {}
+    for ranks in (1, 2):
+        found: dict[str, list] = {part: [] for part in parts}
+        for rank in range(ranks):
+            stream = open_stream(
+                fashion, parts=parts, batch=batch, rank=rank, ranks=ranks, **labelled, **elsewhere(others), **shuffle
+            )
+            (rows,) = stream.read(3)
+            for part in parts:
+                found[part].append(rows[part])
+            for part in ("unlabelled", "unlabelled_again"):
+                values = ((rows[part].mean((1, 2, 3)) + 1) * 127.5).round().int().tolist()
+                assert values == [int(stream.key(part, number).partition("-")[2]) for number in rows.numbers[part]]
+            stream.close()
+        seen[ranks] = {part: torch.cat(several) for part, several in found.items()}
+    assert all(torch.equal(seen[1][part], seen[2][part]) for part in parts)
+    for part in ("unlabelled", "unlabelled_again"):  # forty of forty: an epoch
+        assert len(seen[1][part].unique()) == 40
+    alone = open_stream(fashion, parts=parts[:2], batch=batch, **labelled, **shuffle)
+    (rows,) = alone.read(3)
+    alone.close()
+    assert all(torch.equal(rows[part], seen[1][part]) for part in parts[:2])
+
+
+def test_a_damaged_unlabelled_image_is_told_by_its_own_dataset_and_number(
+    fashion: Path, others: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "others"
+    shutil.copytree(others, broken)
+    shard = next(broken.glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    place = data.find(b"IDAT") + 8
+    data[place] ^= 1
+    shard.write_bytes(bytes(data))
+    stream = open_stream(fashion, parts=("image", "unlabelled"), batch=40, **elsewhere(broken))
+    (fault,) = stream.ready([0])
+    stream.close()
+    assert shard.name in fault.message
+    assert 10_000 <= fault.number < 10_040  # on from the 10,000 garments, so that both may be counted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where", "why"),
+    [
+        (["data.unlabelled_path=DATA"], "data.unlabelled_path", "the game gan reads no unlabelled images"),
+        (["data.unlabelled_split=test"], "data", "`unlabelled_split` has no effect without `unlabelled_path`"),
+        (["data.unlabelled_path=NOWHERE"], "data.unlabelled_path", "dataset.json"),
+        (["data.unlabelled_path=DATA", "data.unlabelled_split=tset"], "data.unlabelled_path", "is not a split"),
+        (["data.unlabelled_path=DATA"], "data.unlabelled_path", "come out as 20×24×1, and those of `path` as 28×28×1"),
+        (
+            ["data.unlabelled_path=DATA", "data.cache=here", "data.unlabelled_transform={size: 28, crop: 28}"],
+            "data.unlabelled_path",
+            "`cache` has no effect, since both datasets are local",
+        ),
+        (
+            ["data={path: 'x.tar', reader: webdataset, unlabelled_path: DATA}"],
+            "data",
+            "`unlabelled_path` has no effect",
+        ),
+    ],
+)
+def test_another_dataset_that_cannot_be_is_refused(
+    gandist: Callable, recipe: Callable, others: Path, tmp_path: Path, overrides: list[str], where: str, why: str
+) -> None:
+    given = [one.replace("DATA", str(others)).replace("NOWHERE", str(tmp_path)) for one in overrides]
+    failed = gandist("train", recipe(), *given)
+    assert failed.code == 2
+    assert f"`{where}`" in failed.err
+    assert why in failed.err
+    assert not (tmp_path / "run" / "log.jsonl").exists()

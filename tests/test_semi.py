@@ -548,6 +548,37 @@ def test_a_run_is_trained_scored_and_resumed_to_the_same_bytes(
     assert gandist("sample", tmp_path / "whole", "--count", 8).code == 0
 
 
+def test_unlabelled_images_of_another_dataset_teach_and_are_not_needed_afterwards(
+    semi_recipe: Callable[..., Path], garments: Path, gandist: Callable, tmp_path: Path
+) -> None:
+    other, third = tmp_path / "other", tmp_path / "third"
+    packed("embedded:fashion-mnist", other, splits=(("train", 0.05), ("left", 0.95)))
+    packed("embedded:fashion-mnist", third, splits=(("train", 0.1), ("left", 0.9)))
+    given = f"data.unlabelled_path={other}"
+    for name, counts in (("whole", (640,)), ("parts", (320, 640))):
+        for images in counts:
+            done = gandist("train", semi_recipe(name), given, f"run.images={images}")
+            assert done.code == 0, done.err
+    assert gandist("train", semi_recipe("alone")).code == 0
+    one, same, alone = (
+        checkpoint.find(tmp_path / name).tensors("discriminator") for name in ("whole", "parts", "alone")
+    )
+    assert all(torch.equal(value, same[key]) for key, value in one.items())
+    assert not all(torch.equal(value, alone[key]) for key, value in one.items())
+    assert "500 unlabelled samples" in gandist("describe", semi_recipe(), given).out
+    for change in ([], [f"data.unlabelled_path={third}"]):
+        refused = gandist("train", semi_recipe("whole"), *change, "run.images=960")
+        assert refused.code == 2
+        assert "`data.unlabelled_path`" in refused.err
+    shutil.move(other, tmp_path / "elsewhere")
+    moved = gandist("train", semi_recipe("whole"), f"data.unlabelled_path={tmp_path / 'elsewhere'}", "run.images=672")
+    assert moved.code == 0, moved.err
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert gandist("evaluate", tmp_path / "whole").code == 0
+    assert gandist("predict", tmp_path / "whole", garments, "--split", "test", "--out", tmp_path / "answers").code == 0
+    assert gandist("sample", tmp_path / "whole", "--count", 8, "--neighbours", 2).code == 0
+
+
 def test_weights_start_by_500_unlabelled_images_whatever_the_labels(semi_recipe: Callable[..., Path]) -> None:
     recipe = read_recipe(semi_recipe(), [])
     with running(recipe, World(CPU, 0, 1, "fp32", "")) as started:

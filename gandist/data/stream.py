@@ -187,13 +187,14 @@ def view_spec(spec: Spec, options: DataOptions) -> Spec:
         raise ValueError("`transform` has no effect on signals; leave it out")
     if stored is not None:
         image = result(options.transform, stored)
-        if options.unlabelled_transform is not None and result(options.unlabelled_transform, stored) != image:
+        moved = options.unlabelled_transform if options.unlabelled_path is None else None
+        if moved is not None and result(moved, stored) != image:
             raise ValueError("`unlabelled_transform` gives images of another size than `transform`")
     samples = spec.samples
     if options.subset is not None:  # what was counted is of all samples
         spec = spec.model_copy(update={"mask_pixels": (), "mask_present": (), "sizes": ()})
     sizes = fitted(options.transform, spec.sizes)
-    if options.unlabelled_transform is not None:
+    if options.unlabelled_transform is not None and options.unlabelled_path is None:
         fitted(options.unlabelled_transform, spec.sizes)
     if options.subset is not None and options.subset.per_class is not None:
         if spec.label is None:
@@ -278,7 +279,10 @@ class View:
     items: npt.NDArray[np.uint64] | None  # the samples that the order permutes, where these are not all
     transform: TransformOptions
     image: ImageSpec | None
+    stored: ImageSpec | None
     reader: Reader
+    source: Reader  # that one, or the one whose cache of whole shards it does not use
+    first: int  # what tells its samples from those of another dataset, by number
     header: bytes = b""  # of .npy images that can be read straight into a batch
     kept: Kept | None = None  # where all of it fits into memory, and a sample is the same whenever it is met
 
@@ -308,10 +312,10 @@ class Stream:
     has to be copied (measured in benchmarks/data.py).
     """
 
-    def __init__(self, reader: Reader, options: DataOptions, share: Share) -> None:
-        self.reader, self.options, self.share = reader, options, share
-        self.stored = reader.dataset.spec(options.split)
-        self.spec = view_spec(self.stored, options)
+    def __init__(self, reader: Reader, options: DataOptions, share: Share, other: Reader | None = None) -> None:
+        """`other` reads the dataset at `data.unlabelled_path`; its samples are numbered on from those of the first."""
+        self.reader, self.options, self.share, self.other = reader, options, share, other or reader
+        self.spec = view_spec(reader.dataset.spec(options.split), options)
         self.batch, self.seed, self.device, self.rows = share.batch, share.seed, share.device, share.rows
         self.waited = 0.0
         classes = self.spec.label.classes if self.spec.label is not None else None
@@ -334,9 +338,12 @@ class Stream:
                 unlabelled = name != "labelled" and self.options.unlabelled_transform is not None
                 transform = self.options.unlabelled_transform if unlabelled else self.options.transform
                 assert transform is not None
-                order = self._order(_PURPOSES[name], items)
-                reader = self.reader if isinstance(order, Windowed) else self.reader.uncached()
-                found[name] = View(name, {}, order, items, transform, self.spec.image, reader)
+                source = self.reader if name == "labelled" else self.other
+                stored = source.dataset.manifest.image
+                order = self._order(source, _PURPOSES[name], items)
+                reader = source if isinstance(order, Windowed) else source.uncached()
+                first = 0 if source is self.reader else len(self.reader)
+                found[name] = View(name, {}, order, items, transform, self.spec.image, stored, reader, source, first)
             found[name].parts[role] = part
         for view in found.values():
             if "image" in view.parts and not moves(view.transform) and view.image is not None and view.image.height:
@@ -344,7 +351,7 @@ class Stream:
         left = self.options.memory_gib * 2**30
         kept: dict[str, Kept] = {}  # two orders of the same samples keep them once
         for view in found.values():
-            same = repr((view.transform, sorted(view.parts), view.items is None))
+            same = repr((view.transform, sorted(view.parts), view.items is None, view.first))
             size = self._bytes(view)
             if same not in kept and size is not None and size <= left:
                 kept[same] = Kept(view.order.length)
@@ -365,13 +372,13 @@ class Stream:
             bytes_of += 4 * self.spec.signal.channels * self.spec.signal.length
         return bytes_of * view.order.length
 
-    def _order(self, purpose: str, items: npt.NDArray[np.uint64] | None) -> Order:
+    def _order(self, source: Reader, purpose: str, items: npt.NDArray[np.uint64] | None) -> Order:
         if items is not None:
             return Full(len(items), self.seed, purpose)
         if self.options.shuffle == "window":
-            sizes = [shard.samples for shard in self.reader.shards]
+            sizes = [shard.samples for shard in source.shards]
             return Windowed(sizes, self.options.window_shards, self.seed, purpose)
-        return Full(len(self.reader), self.seed, purpose)
+        return Full(len(source), self.seed, purpose)
 
     def _header(self, view: View) -> bytes:
         """The .npy header that the images have in common, if they are stored as arrays of the batch's shape."""
@@ -396,12 +403,19 @@ class Stream:
 
     def promises(self) -> list[str]:
         """Sentences on what this order cannot promise."""
-        if self.options.shuffle == "window" and not self.reader.dataset.manifest.shuffled:
-            return [
-                f"`data.shuffle: window` mixes {self.options.window_shards} shards at a time, and this dataset was not shuffled "
-                "when it was packed: if its shards are sorted, batches are less random than they look"
-            ]
-        return []
+        mixed = {
+            view.source.dataset.location: view.source.dataset for view in self.views if isinstance(view.order, Windowed)
+        }
+        return [
+            f"`data.shuffle: window` mixes {self.options.window_shards} shards at a time, and {location} was not shuffled "
+            "when it was packed: if its shards are sorted, batches are less random than they look"
+            for location, dataset in mixed.items()
+            if not dataset.manifest.shuffled
+        ]
+
+    def key(self, part: str, number: int) -> str:
+        """The key of a sample by its number in the dataset that a part is of."""
+        return (self.reader if PARTS[part].view == "labelled" else self.other).key(number)
 
     # ---- reading
 
@@ -433,7 +447,7 @@ class Stream:
         if "image" in view.parts or "mask" in view.parts:
             if image is None or image.height is None or image.width is None:
                 raise Failure(
-                    f"{self.reader.dataset.location}: its images differ in size; set `data.transform.crop`, or pack them with --size"
+                    f"{view.source.dataset.location}: its images differ in size; set `data.transform.crop`, or pack them with --size"
                 )
             rows = np.empty((count, len(view.header) + image.height * image.width * image.channels), np.uint8)
             arrays["image"] = rows[:, len(view.header) :].reshape(count, image.height, image.width, image.channels)
@@ -460,7 +474,7 @@ class Stream:
             try:
                 self._fill(view, wanted, row, shards[row], locals_[row], arrays, drawn)
             except (BadSample, ValueError) as error:
-                loaded.faults.append(self._fault(int(numbers[row]), error))
+                loaded.faults.append(self._fault(view, int(numbers[row]), error))
                 numbers[row] = self._substitute(view, row, int(picks[row]), arrays, drawn, loaded)
         if view.kept is not None:
             sound = numbers == original
@@ -498,15 +512,13 @@ class Stream:
             left["image"] = missing
         return left
 
-    def _fault(self, number: int, error: Exception) -> Fault:
-        where = self.reader.where(number)
-        return Fault(number, str(error) if where in str(error) else f"{where}: sample {self._name(number)} {error}")
-
-    def _name(self, number: int) -> str:
+    def _fault(self, view: View, number: int, error: Exception) -> Fault:
+        where = view.source.where(number)
         try:
-            return repr(self.reader.key(number))
+            name = repr(view.source.key(number))
         except Failure:
-            return str(number)
+            name = str(number)
+        return Fault(view.first + number, str(error) if where in str(error) else f"{where}: sample {name} {error}")
 
     def _substitute(
         self,
@@ -521,13 +533,13 @@ class Stream:
         tries = min(MAX_SUBSTITUTES, view.order.length)
         for step in range(1, tries):
             number = int(view.numbers(np.array([(pick + step) % view.order.length], np.uint64))[0])
-            (shard,), (place,) = self.reader.locate(np.array([number], np.uint64))
+            (shard,), (place,) = view.reader.locate(np.array([number], np.uint64))
             try:
                 self._fill(view, view.roles, row, shard, place, arrays, drawn)
                 return number
             except (BadSample, ValueError) as error:
-                loaded.faults.append(self._fault(number, error))
-        raise Failure(f"{self.reader.dataset.location}: {tries} bad samples one after the other")
+                loaded.faults.append(self._fault(view, number, error))
+        raise Failure(f"{view.source.dataset.location}: {tries} bad samples one after the other")
 
     def _fill(
         self,
@@ -544,7 +556,7 @@ class Stream:
         if "image" in members:
             member, out = members["image"], arrays["image"][row]
             if drawn is not None:
-                moved = drawn.apply(view.transform, row, whole_image(member, self.stored.image))
+                moved = drawn.apply(view.transform, row, whole_image(member, view.stored))
                 if "extent" in arrays:
                     laid(moved, out, GREY)
                     arrays["extent"][row] = moved.shape[:2]
@@ -582,8 +594,9 @@ class Stream:
             if windows == self._windows.get(view.name):
                 return
             self._windows[view.name] = windows
-            kept = {shard for known in self._windows.values() for window in known for shard in window}
-            self.reader.read_ahead([shard for window in windows for shard in window], kept)
+            alike = [other.name for other in self.views if other.source is view.source]
+            kept = {shard for name in alike for window in self._windows.get(name, []) for shard in window}
+            view.source.read_ahead([shard for window in windows for shard in window], kept)
 
     # ---- the loop's side
 
@@ -662,6 +675,8 @@ class Stream:
     def close(self) -> None:
         """Ends the background threads."""
         self.reader.stop()
+        self.other.stop()
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
         self.reader.close()
+        self.other.close()

@@ -74,7 +74,7 @@ class WholeSamples:
         self, data: DataOptions, split: str, device: torch.device, subset: SubsetOptions | None = None
     ) -> None:
         self.device = device
-        self.data = data.model_copy(update={"split": split, "shuffle": "full", "subset": subset})
+        self.data = data.labelled().model_copy(update={"split": split, "shuffle": "full", "subset": subset})
         self.spec = Dataset(data.path).spec(split)
         assert self.spec.samples is not None  # an index has counted them
         self.numbers: Sequence[int] = range(self.spec.samples)
@@ -141,9 +141,7 @@ class HeldOut:
                 "`gandist index` the shards, and name the index"
             )
         changes = {"split": split, "subset": None, "workers": 0, "shuffle": "full", "window_shards": 16}
-        self.data = data.model_copy(
-            update={**changes, "transform": data.transform.still(), "unlabelled_transform": None}
-        )
+        self.data = data.labelled().model_copy(update={**changes, "transform": data.transform.still()})
         self.parts, self.seed, self.device = tuple(parts), seed, device
         self.trouble = ""  # with this process's data
 

@@ -336,7 +336,8 @@ def _paired(tree: Tree, files: list[str], root: str) -> dict[str, Split] | None:
             + (f"{len(lonely)} images have no mask, such as {lonely[0]}" if lonely else "")
             + (" and " if lonely and widowed else "")
             + (f"{len(widowed)} masks have no image, such as {widowed[0]}" if widowed else "")
-            + "; an image and its mask have the same name but for the suffix"
+            + "; an image and its mask have the same name but for the suffix; images without masks can be a dataset of their own, which a "
+            "recipe names as `data.unlabelled_path`"
         )
     splits = sorted({split for split, _ in images})
     if "" in splits and len(splits) > 1:
