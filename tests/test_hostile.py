@@ -196,6 +196,9 @@ def test_names_that_are_not_utf_8_are_taken_for_files_and_refused_for_classes(
         (lambda m: m["image"].update(height=2**20, width=2**20), "too many"),
         (lambda m: m["label"].update(classes=10**18), "classes"),
         (lambda m: m.update(extra=1), "extra"),
+        (lambda m: m["counts"]["train"].update(sizes=[[10**400, 28]]), "counts.train.sizes"),
+        (lambda m: m["counts"]["train"].update(sizes=[[0, 28]]), "counts.train.sizes"),
+        (lambda m: m["counts"]["train"].update(sizes=[[28, 28]] * 6), "counts.train.sizes"),
         (lambda m: m.update(gandist_dataset=1), "pack or index it anew"),
     ],
 )

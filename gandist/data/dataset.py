@@ -27,7 +27,8 @@ SHARD_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.tar$"
 FileName = Annotated[str, Field(pattern=SHARD_NAME)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = tuple[str, ...]
-PixelSize = tuple[Count, Count]  # height and width
+_Edge = Annotated[int, Field(ge=1, le=MAX_PIXELS)]
+PixelSize = tuple[_Edge, _Edge]  # height and width
 
 
 class ImageSpec(Section):
