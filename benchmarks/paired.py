@@ -89,7 +89,7 @@ def refuse_others(folder: Path, recipe: Recipe) -> None:
     old, new = yaml.safe_load(text), recipe.model_dump(mode="json")
     wanted = [("game", key) for key in new["game"]]
     wanted += [("run", key) for key in ("seed", "batch", "precision")]
-    wanted += [("data", key) for key in ("split", "transform", "subset")]
+    wanted += [("data", key) for key in ("split", "transform", "subset", "unlabelled_split", "unlabelled_transform")]
     for section, key in wanted:
         if key in old[section] and differ(old[section][key], new[section][key]):
             raise InputError(
@@ -100,9 +100,12 @@ def refuse_others(folder: Path, recipe: Recipe) -> None:
 def protocol(folder: Path, images: int, found: dict[str, float]) -> dict[str, Any]:
     """The card of these scores, as the run wrote it; raises Failure where it is not there."""
     for path in sorted((folder / "evaluations").glob(f"images_{images:09d}_*.json")):
-        written = json.loads(path.read_text())
-        if written["scores"] == found:
-            return card(written["protocol"]).defining()
+        try:
+            written = json.loads(path.read_text())
+            if written["scores"] == found:
+                return card(written["protocol"]).defining()
+        except (ValueError, KeyError, TypeError):
+            raise Failure(f"{path}: is no evaluation of this version; restore it, or train anew") from None
     raise Failure(
         f"{folder / 'evaluations'}: the file of the scores at {images:,} images is not there; restore it, or train anew"
     )
@@ -111,7 +114,7 @@ def protocol(folder: Path, images: int, found: dict[str, float]) -> dict[str, An
 def refuse_protocols(cards: dict[tuple[str, int], dict[str, Any]]) -> None:
     """Raises InputError where scores that would be averaged or subtracted are not of one protocol.
 
-    Seeds may have divisions of their own. What is compared may compute otherwise, but is scored on the same data by the same rules.
+    Seeds may have divisions of their own. What is compared may compute and answer otherwise, but is scored on the same data by the same rules.
     """
     (first, seed), *_ = cards
     for (arm, other), found in cards.items():
@@ -120,6 +123,8 @@ def refuse_protocols(cards: dict[tuple[str, int], dict[str, Any]]) -> None:
             ((first, other), (arm, other), {"ema", "precision", "transform"}),
         ):
             before = cards[left]
+            if left[0] != arm:
+                before, found = ({**one, "settings": one["settings"] | {"inference": ""}} for one in (before, found))
             differing = [name for name in found if name not in loose and found[name] != before.get(name)]
             if differing:
                 name = differing[0]
@@ -221,6 +226,11 @@ def measure(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"--without {' '.join(arguments.without)}: changes nothing in this recipe, so that both runs of a pair would be one"
         )
+    for section, key in (("game", "scores"), ("data", "path"), ("data", "split")):
+        if first[section].get(key) != second[section].get(key):
+            raise InputError(
+                f"--without {' '.join(arguments.without)}: changes `{section}.{key}`, so that the two runs of a pair would be scored by other rules"
+            )
     for one, recipe in zip(trials, recipes, strict=True):
         refuse_others(one.folder, recipe)
     if arguments.at is None:

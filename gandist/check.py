@@ -13,10 +13,11 @@ from torch import nn
 
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.decode import image_shape
-from gandist.data.opening import data_spec, open_reader, unlabelled_spec
+from gandist.data.opening import data_spec, open_reader, refuse_idle_cache, unlabelled_spec
 from gandist.data.plain import locations
 from gandist.data.read import BadSample
 from gandist.data.stream import PARTS
+from gandist.data.transform import refuse_misfits
 from gandist.game import GAMES, Game, Generative, Segmenting
 from gandist.launcher import ranks
 from gandist.networks.blocks import blocks
@@ -38,9 +39,9 @@ def learned_from(split: str) -> str:
     return f"{split} is what the run learns from; name another split, or pack one with --split"
 
 
-def _check_first(data: DataOptions, alone: bool = True) -> None:
+def _check_first(data: DataOptions) -> None:
     """Reads the first sample; raises InputError, Failure or ValueError where it is not what `dataset.json` says."""
-    reader = open_reader(data, alone)
+    reader = open_reader(data)
     stored = reader.dataset.spec(data.split)
     try:
         members = reader.uncached().members(0)
@@ -79,13 +80,20 @@ def contradictions(
             source.fault(("data",), str(error))
         try:
             if spec is not None and unlabelled_spec(data, spec) is not None:
-                _check_first(cast(DataOptions, data.unlabelled()), alone=False)
+                _check_first(cast(DataOptions, data.unlabelled()))
         except (ValueError, Failure) as error:
             source.fault(("data", "unlabelled_path"), str(error))
+        try:
+            if not source.faults and data.reader == "index":
+                refuse_idle_cache(data)
+        except ValueError as error:
+            source.fault(("data",), str(error))
     if spec is not None and isinstance(game, Game):
         faults, parts = [*missing_parts(game, spec)], {*game.parts_named(spec)}
         for location, message in faults or game.faults(spec):
             source.fault(("game", *location), message)
+        for name, message in [] if source.faults or data is None else _misfits(game, spec, data, run):
+            source.fault(("data", name), message)
         for name, message in [] if source.faults else _checkpointing(game, spec, run):
             source.fault(("game", name, "activation_checkpointing"), message)
         for message in [] if source.faults or run is None else _single_rows(game, spec, run):
@@ -152,6 +160,35 @@ def contradictions(
             )
 
 
+def _misfits(game: Game, spec: Spec, data: DataOptions, run: RunOptions | None) -> Iterator[tuple[str, str]]:
+    """Which transform an image of several sizes does not fit: said before a run, and not when that one is met.
+
+    With a quarantine such an image may be passed over like any other that is bad.
+    """
+    if data.reader != "index" or data.quarantine:
+        return
+    dataset, other = Dataset(data.path), data.unlabelled()
+    moved = "unlabelled_transform" if data.unlabelled_transform is not None else "transform"
+    wanted = []
+    if run is not None and data.subset is None:
+        wanted.append(("transform", data.transform, dataset.spec(data.split)))
+    if run is not None and _UNLABELLED & {*game.parts(spec)}:
+        found = dataset.spec(data.split) if other is None else Dataset(other.path).spec(other.split)
+        wanted.append((moved, getattr(data, moved), found))
+    scored = game.held_out or data.split
+    scores = run is None or run.evaluate_images is not None
+    if scores and not isinstance(game, Segmenting) and scored in dataset.manifest.splits:
+        wanted.append(("transform", data.transform.still(), dataset.spec(scored)))
+    told = set()
+    for name, transform, stored in wanted:
+        try:
+            refuse_misfits(transform, stored.sizes)
+        except ValueError as error:
+            if (name, str(error)) not in told:
+                yield name, str(error)
+            told.add((name, str(error)))
+
+
 def _checkpointing(game: Game, spec: Spec, run: RunOptions | None) -> Iterator[tuple[str, str]]:
     """Why a player cannot compute its activations again."""
     for name, side in game.sides(spec).items():
@@ -173,7 +210,8 @@ def _single_rows(game: Game, spec: Spec, run: RunOptions) -> Iterator[str]:
         with torch.device("meta"):
             module = side.build()
             rows = [example[:1] for example in game.examples(spec)[name]]
-        if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        if not norms or (all(getattr(norm, "of_all_processes", False) for norm in norms) and ranks() > 1):
             continue
         try:
             with torch.no_grad():

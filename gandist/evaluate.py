@@ -21,7 +21,7 @@ from gandist.game import GAMES, Evaluation, Game, Segmenting
 from gandist.launcher import World
 from gandist.metrics.features import TorchScriptOptions
 from gandist.metrics.protocol import Card, card, refuse_comparison
-from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Section, Source, load, wording
+from gandist.recipe import DataOptions, Failure, InputError, Recipe, RunOptions, Section, Source, load, parse, wording
 from gandist.restored import restored
 
 _MAX_EVALUATION = 4 << 20
@@ -49,8 +49,12 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
             *names, last = (f"`{section}…`" for section in sections)
             raise InputError(f"{override}: only {', '.join(names)} and {last} can be changed for trained weights")
     given = {override.partition("=")[0] for override in overrides}
-    if "game.scores" in given:
-        given |= {"game.scores.split", "game.scores.train_samples", "game.scores.features"}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key in given and key == "game.scores":
+            given |= {f"{key}.{name}" for name in _names(text)} | {"game.scores.features"}
+        if key.startswith("data.unlabelled"):
+            raise InputError(f"{override}: has no effect on scores, which read no unlabelled images; leave it out")
 
     def check(source: Source, data: DataOptions | None, game: Any, _: RunOptions | None) -> None:
         data = data.labelled() if data is not None else None
@@ -81,6 +85,13 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
     if recipe.data.reader != "index" or not _another(found, recipe.data):
         return recipe
     return _for_another(recipe.model_copy(update={"data": _fitted(found, recipe.data, given)}), given)
+
+
+def _names(text: str) -> set[str]:
+    """Of the keys of a mapping in YAML; what is none is refused elsewhere."""
+    source = Source("override")
+    values = parse(text, source)
+    return {str(name) for name in values} if isinstance(values, dict) else set()
 
 
 def _another(found: checkpoint.Checkpoint, data: DataOptions) -> bool:

@@ -89,7 +89,8 @@ def suggestion(word: str, known: Mapping[str, object] | list[str]) -> str:
     return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(sorted(known))}"
 
 
-Side = Annotated[int, Field(ge=1, le=8192)]
+MAX_SIDE = 8192
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Finite = Annotated[float, Field(strict=False, ge=-1e6, le=1e6)]
 
 

@@ -443,7 +443,11 @@ def test_a_run_with_unlabelled_images_is_described_trained_and_paired_with_its_b
     names = Dataset(scenes).manifest.mask.names  # type: ignore[union-attr]
     shares = (("validation", 0.5), ("test", 0.5))
     packed(scenes_on_disk(tmp_path / "source", 8), tmp_path / "other", names=names, splits=shares)
-    for split, given in (("test", []), ("validation", ["game.scores={split: validation}"])):
+    for split, given in (
+        ("test", []),
+        ("validation", ["game.scores={split: validation}"]),
+        ("test", ["game.scores={boundary_tolerance: 0.01}"]),
+    ):
         done = gandist(
             "evaluate", tmp_path / "run", f"data.path={tmp_path / 'other'}", *given, "--json", "--out", tmp_path
         )
@@ -1121,6 +1125,7 @@ def test_the_paired_report_is_of_its_runs_and_goes_on(scenes: Path, tmp_path: Pa
         (["game.adversarial.weight=5"], "is a run with another `game.adversarial`; name another folder"),
         (["game.inference.flip=true"], "is a run with another `game.inference`; name another folder"),
         (["--without", "game.dice=null"], "--without game.dice=null: changes nothing in this recipe"),
+        (["--without", "game.scores.boundary_tolerance=0.01"], "changes `game.scores`"),
     ):
         other = report("--seeds", 1, *wrong)
         assert other.returncode == 2
@@ -1149,6 +1154,10 @@ def test_the_paired_report_is_of_its_runs_and_goes_on(scenes: Path, tmp_path: Pa
         failed = report("--seeds", 2, "--at", 16)
         assert failed.returncode == 2
         assert f"were scored otherwise: `{name}`" in failed.stderr
+    written.write_text(text[:-9])
+    failed = report("--seeds", 2, "--at", 16)
+    assert failed.returncode == 1
+    assert "is no evaluation of this version" in failed.stderr
     written.unlink()
     failed = report("--seeds", 2, "--at", 16)
     assert failed.returncode == 1

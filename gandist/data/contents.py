@@ -46,16 +46,19 @@ Pair = tuple[Natural, Natural]
 
 
 class Contents(Section):
-    """What one shard holds; sizes are the outer ones, and shapes of signals the distinct ones, two at most: whether they differ."""
+    """What one shard holds; shapes of signals are the distinct ones, two at most, since it matters only whether they differ.
+
+    What has no default is not in the notes of an older version, which are not taken then.
+    """
 
     shard: Shard | None = None  # none where all that would be in it is damaged
-    sizes: tuple[PixelSize, ...] = ()
+    outer: tuple[PixelSize, ...]  # of all sizes, as in `Counts`
     channels: tuple[Natural, ...] = ()
     signals: tuple[Pair, ...] = ()
     labels: tuple[Natural, ...] = ()  # samples by class
     masked: Natural = 0
     mask_pixels: tuple[Natural, ...] = (0,) * 256  # pixels by value
-    mask_present: tuple[Natural, ...]  # as in `Counts`, by value; no default, so that notes that lack it are not taken
+    mask_present: tuple[Natural, ...]  # as in `Counts`, by value
     skipped: tuple[str, ...] = ()
 
 
@@ -117,7 +120,7 @@ def examine(
     )
     return Contents(
         shard=shard,
-        sizes=outer_sizes(sizes),
+        outer=outer_sizes(sizes),
         channels=tuple(sorted(channels)),
         signals=tuple(sorted(signals)[:2]),
         labels=tuple(labels[number] for number in range(max(labels, default=-1) + 1)),
@@ -211,7 +214,7 @@ def finish(
         raise InputError(f"{folder}: --names has no effect: there are no labels and no masks")
     if given and named is not None and len(given) != named.classes:
         raise InputError(f"{folder}: --names has {len(given)} names for {named.classes} classes")
-    sizes = {size for contents in every for size in contents.sizes}
+    sizes = {size for contents in every for size in contents.outer}
     manifest = Manifest(
         source=source,
         image=_image(channels, sizes) if channels else None,
@@ -254,5 +257,5 @@ def _counts(found: list[Contents], label: LabelSpec | None, mask: MaskSpec | Non
         mask_present=tuple(0 if value == ignore else int(present[value]) for value in classes),
         ignored_pixels=int(pixels[ignore]) if ignore is not None else 0,
         skipped=sum(len(contents.skipped) for contents in found),
-        sizes=outer_sizes(size for contents in found for size in contents.sizes) if differ else (),
+        sizes=outer_sizes(size for contents in found for size in contents.outer) if differ else (),
     )

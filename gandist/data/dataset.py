@@ -112,7 +112,7 @@ class Spec(Section):
 
     @property
     def canvas(self) -> PixelSize | None:
-        """The smallest canvas that holds every image, where that is known."""
+        """The smallest canvas that holds every image of the split, where that is known."""
         return (max(height for height, _ in self.sizes), max(width for _, width in self.sizes)) if self.sizes else None
 
     @property

@@ -9,18 +9,15 @@ from gandist.data import plain
 from gandist.data.cache import Cache
 from gandist.data.dataset import Dataset, Spec
 from gandist.data.read import Reader
-from gandist.data.storage import is_remote, refuse_secrets
+from gandist.data.storage import refuse_secrets
 from gandist.data.stream import PARTS, Batches, Share, Stream, view_spec
 from gandist.recipe import DataOptions
 
 INDEX_CACHE = 16 << 30  # bytes of indexes of remote datasets; 40 a sample
 
 
-def open_reader(options: DataOptions, alone: bool = True) -> Reader:
-    """The samples of a split; raises InputError where they are not there or not what their index says.
-
-    Not `alone`, it shares the settings of its cache with another dataset, which may be the one that has an effect of them.
-    """
+def open_reader(options: DataOptions) -> Reader:
+    """The samples of a split; raises InputError where they are not there or not what their index says."""
     refuse_secrets(options.path, "a recipe is copied into logs and checkpoints")
     dataset = Dataset(options.path)
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gandist"
@@ -28,13 +25,8 @@ def open_reader(options: DataOptions, alone: bool = True) -> Reader:
     indexes = shards = None
     if dataset.store.local is None:
         indexes = Cache(dataset.store, folder / dataset.digest[:16] / "indexes", INDEX_CACHE)
-    if dataset.shard_store.local is None and options.shuffle == "window":
+    if _whole_shards(dataset, options):
         shards = Cache(dataset.shard_store, folder / dataset.digest[:16] / "shards", int(options.cache_gib * 2**30))
-    alone = alone and options.unlabelled_path is None
-    if options.cache is not None and indexes is None and shards is None and alone:
-        raise ValueError(f"`cache` has no effect, since {options.path} is local; leave it out")
-    if options.cache_gib != DataOptions.model_fields["cache_gib"].default and shards is None and alone:
-        raise ValueError("`cache_gib` has no effect but with remote shards and `shuffle: window`; leave it out")
     if shards is not None:
         largest = sorted((shard.bytes for shard in dataset.shards(options.split)), reverse=True)
         two = sum(largest[: 2 * options.window_shards])
@@ -46,12 +38,30 @@ def open_reader(options: DataOptions, alone: bool = True) -> Reader:
     return Reader(dataset, options.split, indexes=indexes, shards=shards)
 
 
+def _whole_shards(dataset: Dataset, options: DataOptions) -> bool:
+    """Whether shards are fetched whole: remote ones that are read in windows, which a subset is not."""
+    subset_alone = options.subset is not None and options.unlabelled_path is not None
+    return dataset.shard_store.local is None and options.shuffle == "window" and not subset_alone
+
+
+def refuse_idle_cache(options: DataOptions) -> None:
+    """Raises ValueError where a setting of the cache has no effect on any dataset that is read."""
+    sections = [section for section in (options, options.unlabelled()) if section is not None]
+    datasets = [(Dataset(section.path), section) for section in sections]
+    whole = any(_whole_shards(*one) for one in datasets)
+    if options.cache is not None and not whole and all(dataset.store.local is not None for dataset, _ in datasets):
+        which = f"{options.path} is local" if len(datasets) == 1 else "both datasets are local"
+        raise ValueError(f"`cache` has no effect, since {which}; leave it out")
+    if options.cache_gib != DataOptions.model_fields["cache_gib"].default and not whole:
+        raise ValueError("`cache_gib` has no effect but with remote shards and `shuffle: window`; leave it out")
+
+
 def open_batches(options: DataOptions, share: Share, allow_pipe: bool = False) -> Batches:
     """A stream of the data; raises InputError."""
     if options.reader == "webdataset":
         return plain.PlainStream(options, share, allow_pipe)
     other = options.unlabelled() if any(PARTS[part].view != "labelled" for part in share.parts) else None
-    return Stream(open_reader(options), options, share, open_reader(other, alone=False) if other is not None else None)
+    return Stream(open_reader(options), options, share, open_reader(other) if other is not None else None)
 
 
 def data_spec(options: DataOptions, allow_pipe: bool = False) -> Spec:
@@ -67,14 +77,21 @@ def unlabelled_spec(options: DataOptions, spec: Spec) -> Spec | None:
     other = options.unlabelled()
     if other is None:
         return None
+    if data_digest(other) == data_digest(options) and other.split == options.split:
+        raise ValueError("is the split that unlabelled images are of anyway; leave it out")
     found = data_spec(other)
-    if found.image != spec.image:
-        one, two = (
-            f"{i.width}×{i.height}×{i.channels}" if i is not None else "no images" for i in (found.image, spec.image)
+    mine, theirs = spec.image, found.image
+    if mine is None or theirs is None:
+        raise ValueError(f"{other.path if theirs is None else options.path} has no images")
+    if mine.channels != theirs.channels:
+        raise ValueError(
+            f"its images have {theirs.channels} channels, and those of `path` {mine.channels}; pack them with as many channels"
         )
-        raise ValueError(f"its images come out as {one}, and those of `path` as {two}; set `unlabelled_transform`")
-    if options.cache is not None and not any(is_remote(path) for path in (options.path, other.path)):
-        raise ValueError("`cache` has no effect, since both datasets are local; leave it out")
+    if mine.height is not None and (mine.height, mine.width) != (theirs.height, theirs.width):
+        size = f"{theirs.width}×{theirs.height}" if theirs.height is not None else "several sizes"
+        raise ValueError(
+            f"its images come out as {size}, and those of `path` as {mine.width}×{mine.height}; set `unlabelled_transform`"
+        )
     return found
 
 

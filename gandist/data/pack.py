@@ -319,7 +319,9 @@ def _write_shard(packing: Packing, job: Job) -> Contents:
             file.flush()
             os.fsync(file.fileno())
         if len(skipped) == len(job.items):
-            contents = Contents(mask_present=(0,) * 256, skipped=tuple(skipped))  # and no tar: a shard holds a sample
+            contents = Contents(
+                outer=(), mask_present=(0,) * 256, skipped=tuple(skipped)
+            )  # and no tar: a shard holds a sample
         else:
             aside.replace(path)
             contents = examine(path, ignore=packing.options.ignore).model_copy(update={"skipped": tuple(skipped)})

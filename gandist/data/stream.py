@@ -29,7 +29,7 @@ from gandist.data.decode import (
 from gandist.data.kept import Kept
 from gandist.data.order import Full, Order, Permutation, Windowed, places_of
 from gandist.data.read import BadSample, Member, Reader
-from gandist.data.transform import GREY, Moves, fitted, laid, moves, moves_at_random, result, values
+from gandist.data.transform import GREY, Moves, laid, moves, moves_at_random, placed, result, values
 from gandist.recipe import DataOptions, Failure, InputError, TransformOptions
 from gandist.seeding import derive
 
@@ -192,10 +192,8 @@ def view_spec(spec: Spec, options: DataOptions) -> Spec:
             raise ValueError("`unlabelled_transform` gives images of another size than `transform`")
     samples = spec.samples
     if options.subset is not None:  # what was counted is of all samples
-        spec = spec.model_copy(update={"mask_pixels": (), "mask_present": (), "sizes": ()})
-    sizes = fitted(options.transform, spec.sizes)
-    if options.unlabelled_transform is not None and options.unlabelled_path is None:
-        fitted(options.unlabelled_transform, spec.sizes)
+        spec = spec.model_copy(update={"mask_pixels": (), "mask_present": ()})
+    sizes = tuple(placed(options.transform, *size) for size in spec.sizes)
     if options.subset is not None and options.subset.per_class is not None:
         if spec.label is None:
             raise ValueError("`subset.per_class` chooses by class, and the dataset has no labels; use `subset.samples`")

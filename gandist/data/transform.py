@@ -59,23 +59,28 @@ def result(options: TransformOptions, image: ImageSpec) -> ImageSpec:
     return ImageSpec(height=height, width=width, channels=image.channels)
 
 
-def sized(options: TransformOptions, height: int, width: int) -> tuple[int, int]:
-    """The (height, width) of an image once it has its `size` and its `pad`; raises ValueError where it cannot have that, or the `crop`."""
+def placed(options: TransformOptions, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) of an image once it has its `size` and its `pad`."""
     height, width = resized(height, width, options.size)
-    if options.pad >= min(height, width):
-        raise ValueError(f"`pad` {options.pad} is too much to mirror for images of {width}×{height}")
-    height, width = height + 2 * options.pad, width + 2 * options.pad
+    return height + 2 * options.pad, width + 2 * options.pad
+
+
+def sized(options: TransformOptions, height: int, width: int) -> tuple[int, int]:
+    """The same; raises ValueError where it cannot have that, or the `crop`."""
+    height, width = placed(options, height, width)
+    if options.pad >= min(height, width) - 2 * options.pad:
+        inner = f"{width - 2 * options.pad}×{height - 2 * options.pad}"
+        raise ValueError(f"`pad` {options.pad} is too much to mirror for images of {inner}")
     if options.crop is not None and options.crop > min(height, width):
         raise ValueError(f"`crop` {options.crop} is larger than images of {width}×{height}; set `size` as well")
     return height, width
 
 
-def fitted(options: TransformOptions, sizes: Iterable[PixelSize]) -> tuple[PixelSize, ...]:
-    """Images that differ in size as they come to lie on their canvas; raises ValueError where one cannot."""
-    found = tuple(sized(options, *size) for size in sizes)
+def refuse_misfits(options: TransformOptions, sizes: Iterable[PixelSize]) -> None:
+    """Raises ValueError where one of several sizes cannot be cropped, mirrored or laid on the canvas."""
+    found = [sized(options, *size) for size in sizes]
     if found and options.canvas is not None:
         refuse_larger(options.canvas, max(height for height, _ in found), max(width for _, width in found))
-    return found
 
 
 def values(options: TransformOptions, pixels: Tensor) -> Tensor:
@@ -103,8 +108,14 @@ def resized(height: int, width: int, size: int | None) -> tuple[int, int]:
     """(height, width) once the shorter side is `size` long."""
     if size is None:
         return height, width
-    scale = size / min(height, width)
-    return max(size, round(height * scale)), max(size, round(width * scale))
+    shorter = min(height, width)
+    return _rounded(height * size, shorter), _rounded(width * size, shorter)
+
+
+def _rounded(number: int, by: int) -> int:
+    """Their ratio as the nearest whole number, the even one of two: exactly, so that images of one proportion come out alike."""
+    whole, rest = divmod(number, by)
+    return whole + (2 * rest > by or (2 * rest == by and whole % 2 == 1))
 
 
 @dataclass(frozen=True)

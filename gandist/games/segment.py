@@ -35,7 +35,7 @@ from gandist.networks.segmentation import AnyAdversary, AnySegmenter
 from gandist.pairs import PairOptions, View, views
 from gandist.palette import beside
 from gandist.player import PlayerOptions
-from gandist.recipe import DataOptions, Failure, InputError, Section, harmless
+from gandist.recipe import MAX_SIDE, DataOptions, Failure, InputError, Section, harmless
 from gandist.windows import to_size
 
 Weight = Annotated[float, Field(gt=0, le=1e9)]
@@ -121,9 +121,12 @@ class Segment(Segmenting):
         assert spec.mask is not None
         if spec.image.height is None or spec.image.width is None:
             wanted = spec.canvas or ("HEIGHT", "WIDTH")
+            smaller = (
+                " and a `size` that they fit by" if spec.canvas is not None and max(spec.canvas) > MAX_SIDE else ""
+            )
             yield (
                 ("kind",),
-                f"the images of `data.path` differ in size; set `data.transform.canvas: [{wanted[0]}, {wanted[1]}]`, as large as the largest, or "
+                f"the images of `data.path` differ in size; set `data.transform.canvas: [{wanted[0]}, {wanted[1]}]`, as large as the largest{smaller}, or "
                 "`data.transform.crop`",
             )
             return

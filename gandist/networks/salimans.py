@@ -51,6 +51,7 @@ class Squash(nn.Module):
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation without a gain, by the whole batch of all processes; running statistics for evaluation."""
 
+    of_all_processes = True  # one row of each is a batch
     measures = False  # while one process lets its weights start, there are no others to wait for
 
     def __init__(self, channels: int) -> None:
