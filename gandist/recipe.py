@@ -215,9 +215,10 @@ class DataOptions(Section):
         return self.model_copy(update={**changes, **none})
 
     def labelled(self) -> DataOptions:
-        """The same without what says anything of unlabelled images."""
-        none = {"unlabelled_path": None, "unlabelled_split": "train", "unlabelled_transform": None}
-        return self.model_copy(update=none)
+        """The same without what says anything of unlabelled images; settings of a cache that may be theirs go with them."""
+        names = ["unlabelled_path", "unlabelled_split", "unlabelled_transform"]
+        names += ["cache", "cache_gib"] if self.unlabelled_path is not None and "://" not in self.path else []
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in names})
 
 
 class RunOptions(Section):

@@ -396,3 +396,30 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(site: Site, tmp_path: Path)
         data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
         path.write_bytes(data)
     assert images() == whole
+
+
+@pytest.mark.parametrize("far", ["labelled", "unlabelled"])
+def test_of_two_datasets_either_may_be_remote_and_the_run_is_scored(
+    site: Site, few: Path, tmp_path: Path, far: str
+) -> None:
+    mine, other = tmp_path / "mine", few
+    shares = (("train", 0.8), ("test", 0.2))
+    packed(small(tmp_path, 60, 20).parent / "source.npz", mine, splits=shares)
+    places = {"labelled": str(mine), "unlabelled": str(other)}
+    places[far] = site.serve(Path(places[far]))
+    path = tmp_path / "run.yaml"
+    network = "network: {kind: mlp, width: 8}"
+    path.write_text(f"""\
+data: {{path: {places["labelled"]}, unlabelled_path: {places["unlabelled"]}, cache: {tmp_path / "cache"}, subset: {{per_class: 2}}}}
+game: {{kind: semi, noise: 4, generator: {{{network}}}, discriminator: {{{network}}}}}
+run: {{folder: {tmp_path / "run"}, images: 32, batch: 8, evaluate_images: 16, precision: fp32}}
+""")
+    done = run("train", path)
+    assert done.code == 0, done.err
+    assert [row["images"] for row in rows(tmp_path / "run") if "score/errors" in row] == [16, 32]
+    again = run("evaluate", tmp_path / "run", "--json")
+    assert json.loads(again.out)["samples"] == 12, again.err
+    overrides = [f"data.path={mine}", f"data.unlabelled_path={other}", "data.cache=null"]
+    local = run("train", path, *overrides, f"run.folder={tmp_path / 'local'}")
+    assert local.code == 0, local.err
+    assert final(tmp_path / "run") == final(tmp_path / "local")

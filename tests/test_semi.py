@@ -579,6 +579,13 @@ def test_unlabelled_images_of_another_dataset_teach_and_are_not_needed_afterward
     assert gandist("sample", tmp_path / "whole", "--count", 8, "--neighbours", 2).code == 0
 
 
+def test_a_row_of_each_of_two_processes_is_a_batch(semi_recipe: Callable[..., Path], gandist: Callable) -> None:
+    assert run("train", semi_recipe(), "run.batch=2", "run.images=4", ranks=2).code == 0
+    refused = gandist("train", semi_recipe("alone"), "run.batch=1", "run.images=2")
+    assert refused.code == 2
+    assert "1 leaves one image to a batch norm of the generator" in refused.err
+
+
 def test_weights_start_by_500_unlabelled_images_whatever_the_labels(semi_recipe: Callable[..., Path]) -> None:
     recipe = read_recipe(semi_recipe(), [])
     with running(recipe, World(CPU, 0, 1, "fp32", "")) as started:
