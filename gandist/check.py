@@ -64,100 +64,119 @@ def contradictions(
     """Notes what a recipe's sections contradict in each other, in the data, and in the number of processes."""
     spec = None
     if data is not None:
-        try:
-            spec = data_spec(data, allow_pipe)
-            if data.reader == "index":
-                _check_first(data)
-            elif len(locations(data)) < ranks():
-                raise InputError(
-                    f"{len(locations(data))} shards cannot be divided over {ranks()} processes; use more shards, or fewer processes"
-                )
-        except (InputError, Failure) as error:
-            spec = None
-            source.fault(("data", "path"), str(error))
-        except ValueError as error:
-            spec = None
-            source.fault(("data",), str(error))
-        try:
-            if spec is not None and unlabelled_spec(data, spec) is not None:
-                _check_first(cast(DataOptions, data.unlabelled()))
-        except (ValueError, Failure) as error:
-            source.fault(("data", "unlabelled_path"), str(error))
-        try:
-            if not source.faults and data.reader == "index":
-                refuse_idle_cache(data)
-        except ValueError as error:
-            source.fault(("data",), str(error))
-    if spec is not None and isinstance(game, Game):
-        faults, parts = [*missing_parts(game, spec)], {*game.parts_named(spec)}
-        for location, message in faults or game.faults(spec):
-            source.fault(("game", *location), message)
-        for name, message in [] if source.faults or data is None else _misfits(game, spec, data, run):
-            source.fault(("data", name), message)
-        for name, message in [] if source.faults else _checkpointing(game, spec, run):
-            source.fault(("game", name, "activation_checkpointing"), message)
-        for message in [] if source.faults or run is None else _single_rows(game, spec, run):
-            source.fault(("run", "batch"), message)
-        if isinstance(game, Generative | Segmenting) and "image" in game.parts(spec) and data is not None:
-            moved = data.transform
-            if moved.mean is not None or moved.range != (-1.0, 1.0):
-                why = (
-                    f"the game {game.kind} makes and scores images in −1 … 1, so real ones must lie there too"
-                    if isinstance(game, Generative)
-                    else f"networks of the game {game.kind} take images in −1 … 1, and those with weights normalise them themselves"
-                )
-                source.fault(("data", "transform", "range" if moved.mean is None else "mean"), f"{why}; leave it out")
-            other = data.unlabelled_transform
-            if other is not None and (other.mean is not None or other.range != (-1.0, 1.0)):
-                source.fault(
-                    ("data", "unlabelled_transform", "range" if other.mean is None else "mean"),
-                    f"the game {game.kind} sees unlabelled images beside generated ones in −1 … 1; leave it out",
-                )
-        if data is not None and data.subset is not None and data.subset.per_class and data.reader == "index":
-            counts = Dataset(data.path).manifest.counts.get(data.split)
-            fewest = min(counts.labels) if counts is not None and counts.labels else data.subset.per_class
-            if fewest < data.subset.per_class:
-                source.fault(
-                    ("data", "subset", "per_class"),
-                    f"{data.subset.per_class}, and class {counts.labels.index(fewest) if counts else 0} has {fewest} samples; use at most {fewest}",
-                )
-        if data is not None and run is not None and run.evaluate_images is not None and game.held_out == data.split:
-            source.fault(("game", "scores", "split"), learned_from(data.split))
-        for name in ("unlabelled_transform", "unlabelled_path"):
-            if getattr(data, name, None) is not None and not _UNLABELLED & parts:
-                source.fault(("data", name), f"the game {game.kind} reads no unlabelled images; leave it out")
-        whole = bool(_UNLABELLED & parts)
-        if data is not None and data.subset is not None and data.shuffle == "window" and not whole:
-            source.fault(
-                ("data", "shuffle"),
-                f"window has no effect: the game {game.kind} reads the subset alone, which is read in full; leave it out",
-            )
+        spec = _data_that_is_there(source, data, allow_pipe)
+        if spec is not None and isinstance(game, Game):
+            _check_game(source, game, spec, data, run)
     if run is not None:
-        pieces = ranks() * run.accumulate
-        if run.batch % pieces:
+        _check_run(source, run, spec, data)
+
+
+def _data_that_is_there(source: Source, data: DataOptions, allow_pipe: bool) -> Spec | None:
+    """What a game gets of the data, or None, the fault noted."""
+    spec = None
+    try:
+        spec = data_spec(data, allow_pipe)
+        if data.reader == "index":
+            _check_first(data)
+        elif len(locations(data)) < ranks():
+            raise InputError(
+                f"{len(locations(data))} shards cannot be divided over {ranks()} processes; use more shards, or fewer processes"
+            )
+    except (InputError, Failure) as error:
+        source.fault(("data", "path"), str(error))
+        return None
+    except ValueError as error:
+        source.fault(("data",), str(error))
+        return None
+    try:
+        if unlabelled_spec(data, spec) is not None:
+            _check_first(cast(DataOptions, data.unlabelled()))
+    except (ValueError, Failure) as error:
+        source.fault(("data", "unlabelled_path"), str(error))
+    try:
+        if not source.faults and data.reader == "index":
+            refuse_idle_cache(data)
+    except ValueError as error:
+        source.fault(("data",), str(error))
+    return spec
+
+
+def _check_game(source: Source, game: Game, spec: Spec, data: DataOptions, run: RunOptions | None) -> None:
+    """Notes what the game contradicts in the data, and the data in the game."""
+    faults, unlabelled = [*missing_parts(game, spec)], bool(_UNLABELLED & {*game.parts_named(spec)})
+    for location, message in faults or game.faults(spec):
+        source.fault(("game", *location), message)
+    for name, message in [] if source.faults else _misfits(game, spec, data, run):
+        source.fault(("data", name), message)
+    for name, message in [] if source.faults else _checkpointing(game, spec, run):
+        source.fault(("game", name, "activation_checkpointing"), message)
+    for message in [] if source.faults or run is None else _single_rows(game, spec, run):
+        source.fault(("run", "batch"), message)
+    if isinstance(game, Generative | Segmenting) and "image" in game.parts(spec):
+        _check_values(source, game, data)
+    if data.subset is not None and data.subset.per_class and data.reader == "index":
+        counts = Dataset(data.path).manifest.counts.get(data.split)
+        fewest = min(counts.labels) if counts is not None and counts.labels else data.subset.per_class
+        if fewest < data.subset.per_class:
+            source.fault(
+                ("data", "subset", "per_class"),
+                f"{data.subset.per_class}, and class {counts.labels.index(fewest) if counts else 0} has {fewest} samples; use at most {fewest}",
+            )
+    if run is not None and run.evaluate_images is not None and game.held_out == data.split:
+        source.fault(("game", "scores", "split"), learned_from(data.split))
+    for name in () if unlabelled else ("unlabelled_transform", "unlabelled_path"):
+        if getattr(data, name) is not None:
+            source.fault(("data", name), f"the game {game.kind} reads no unlabelled images; leave it out")
+    if data.subset is not None and data.shuffle == "window" and not unlabelled:
+        source.fault(
+            ("data", "shuffle"),
+            f"window has no effect: the game {game.kind} reads the subset alone, which is read in full; leave it out",
+        )
+
+
+def _check_values(source: Source, game: Game, data: DataOptions) -> None:
+    """Notes a transform that gives images other values than −1 … 1."""
+    moved = data.transform
+    if moved.mean is not None or moved.range != (-1.0, 1.0):
+        why = (
+            f"the game {game.kind} makes and scores images in −1 … 1, so real ones must lie there too"
+            if isinstance(game, Generative)
+            else f"networks of the game {game.kind} take images in −1 … 1, and those with weights normalise them themselves"
+        )
+        source.fault(("data", "transform", "range" if moved.mean is None else "mean"), f"{why}; leave it out")
+    other = data.unlabelled_transform
+    if other is not None and (other.mean is not None or other.range != (-1.0, 1.0)):
+        source.fault(
+            ("data", "unlabelled_transform", "range" if other.mean is None else "mean"),
+            f"the game {game.kind} sees unlabelled images beside generated ones in −1 … 1; leave it out",
+        )
+
+
+def _check_run(source: Source, run: RunOptions, spec: Spec | None, data: DataOptions | None) -> None:
+    """Notes a batch that cannot be, and trackers that are not there."""
+    pieces = ranks() * run.accumulate
+    if run.batch % pieces:
+        source.fault(
+            ("run", "batch"),
+            f"{run.batch} images cannot be split over {ranks()} processes with {run.accumulate} micro-batches each; "
+            f"use a multiple of {pieces}",
+        )
+    if "tensorboard" in run.trackers and importlib.util.find_spec("tensorboard") is None:
+        source.fault(("run", "trackers"), "tensorboard is not installed; `pip install tensorboard`, or leave it out")
+    image = spec.image if spec is not None else None
+    if image is not None and image.height is not None and image.width is not None:
+        share = run.batch // ranks() * image.height * image.width * image.channels
+        if share > MAX_BATCH:
             source.fault(
                 ("run", "batch"),
-                f"{run.batch} images cannot be split over {ranks()} processes with {run.accumulate} micro-batches each; "
-                f"use a multiple of {pieces}",
+                f"{run.batch} images of {image.width}×{image.height} are {share / 2**30:.0f} GiB on each process; use fewer",
             )
-        if "tensorboard" in run.trackers and importlib.util.find_spec("tensorboard") is None:
-            source.fault(
-                ("run", "trackers"), "tensorboard is not installed; `pip install tensorboard`, or leave it out"
-            )
-        image = spec.image if spec is not None else None
-        if image is not None and image.height is not None and image.width is not None:
-            share = run.batch // ranks() * image.height * image.width * image.channels
-            if share > MAX_BATCH:
-                source.fault(
-                    ("run", "batch"),
-                    f"{run.batch} images of {image.width}×{image.height} are {share / 2**30:.0f} GiB on each process; use fewer",
-                )
-        subset = data is not None and data.subset is not None  # cycles at its own pace, within a batch if need be
-        if spec is not None and spec.samples is not None and not subset and run.batch > spec.samples:
-            source.fault(
-                ("run", "batch"),
-                f"{run.batch} is more than the {spec.samples} samples of the split; use at most {spec.samples}",
-            )
+    subset = data is not None and data.subset is not None  # cycles at its own pace, within a batch if need be
+    if spec is not None and spec.samples is not None and not subset and run.batch > spec.samples:
+        source.fault(
+            ("run", "batch"),
+            f"{run.batch} is more than the {spec.samples} samples of the split; use at most {spec.samples}",
+        )
 
 
 def _misfits(game: Game, spec: Spec, data: DataOptions, run: RunOptions | None) -> Iterator[tuple[str, str]]:

@@ -137,7 +137,7 @@ def test_images_are_those_of_their_labels_and_crops_of_one_size(shards: Path, tm
     ("options", "rule"),
     [
         ({}, r"train-000003\.tar: sample '0030' has shape \(9, 13, 1\), and the first sample says \(8, 8, 1\)"),
-        ({"transform": {"crop": 9}}, "`crop` 9 is larger than the images of 8×8"),
+        ({"transform": {"crop": 9}}, "`crop` 9 is larger than images of 8×8"),
         ({"transform": {"size": 9, "crop": 9}, "classes": 50}, "has the label 5[0-2], and `data.classes` is 50"),
     ],
 )
