@@ -37,6 +37,7 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -753,6 +754,20 @@ def test_a_run_logs_scores_samples_and_what_each_player_loses(trained: Path) -> 
     assert np.asarray(Image.open(picture)).std() > 10
     tables = {path.name.partition("_")[0] for path in (trained / "wandb").rglob("*.table.json")}
     assert tables == {"images", "classes"}
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("evaluation/worst")] == [32, 64]
+    shown = events.Tensors("evaluation/classes/text_summary")[-1].tensor_proto.string_val[0].decode()
+    (path,) = (trained / "evaluations").glob("images_000000064_*_classes.csv")
+    with path.open(newline="") as file:
+        listed = [*csv.DictReader(file)]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()]
+    assert cells[0] == [*listed[0]]
+    assert [row[0] for row in cells[2:]] == [row["class"] for row in listed]
+    for row, other in zip(cells[2:], listed, strict=True):
+        assert (float(row[1]) if row[1] else None) == (
+            pytest.approx(float(other["iou"]), rel=1e-3) if other["iou"] else None
+        )
     assert "tracker_failed" not in (trained / "log.jsonl").read_text()
 
 
