@@ -126,7 +126,11 @@ def _check_game(source: Source, game: Game, spec: Spec, data: DataOptions, run: 
         source.fault(("game", "scores", "split"), learned_from(data.split))
     for name in () if unlabelled else ("unlabelled_transform", "unlabelled_path"):
         if getattr(data, name) is not None:
-            source.fault(("data", name), f"the game {game.kind} reads no unlabelled images; leave it out")
+            switch = "unlabelled" in type(game).model_fields
+            remedy = "has no effect without `game.unlabelled`; set 'game.unlabelled={}', or leave it out"
+            source.fault(
+                ("data", name), remedy if switch else f"the game {game.kind} reads no unlabelled images; leave it out"
+            )
     if data.subset is not None and data.shuffle == "window" and not unlabelled:
         source.fault(
             ("data", "shuffle"),
@@ -190,21 +194,25 @@ def _misfits(game: Game, spec: Spec, data: DataOptions, run: RunOptions | None) 
     moved = "unlabelled_transform" if data.unlabelled_transform is not None else "transform"
     wanted = []
     if run is not None and data.subset is None:
-        wanted.append(("transform", data.transform, dataset.spec(data.split)))
+        wanted.append(("transform", data.transform, dataset.spec(data.split), ""))
     if run is not None and _UNLABELLED & {*game.parts(spec)}:
         found = dataset.spec(data.split) if other is None else Dataset(other.path).spec(other.split)
-        wanted.append((moved, getattr(data, moved), found))
+        whose = "of unlabelled images" + (f", those of {other.path}" if other is not None else "")
+        hint = "" if data.unlabelled_transform is not None else " (`data.unlabelled_transform` is for them alone)"
+        wanted.append((moved, getattr(data, moved), found, f"{whose}{hint}: "))
     scored = game.held_out or data.split
     scores = run is None or run.evaluate_images is not None
     if scores and not isinstance(game, Segmenting) and scored in dataset.manifest.splits:
-        wanted.append(("transform", data.transform.still(), dataset.spec(scored)))
+        wanted.append(
+            ("transform", data.transform.still(), dataset.spec(scored), f"of the split {scored}, which is scored: ")
+        )
     told = set()
-    for name, transform, stored in wanted:
+    for name, transform, stored, whose in wanted:
         try:
             refuse_misfits(transform, stored.sizes)
         except ValueError as error:
             if (name, str(error)) not in told:
-                yield name, str(error)
+                yield name, f"{whose}{error}"
             told.add((name, str(error)))
 
 

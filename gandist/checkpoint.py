@@ -158,7 +158,8 @@ def find(path: Path) -> Checkpoint:
     if (path / MANIFEST).exists() or _FOLDER.fullmatch(path.name):
         return Checkpoint(path)
     if not path.is_dir():
-        raise InputError(f"{path}: does not exist; name a run folder or one of its checkpoints/images_…")
+        what = "is a file, and no run" if path.exists() else "does not exist"
+        raise InputError(f"{path}: {what}; name a run folder or one of its checkpoints/images_…")
     found, faults = newest(path / "checkpoints")
     if found is None:
         if faults:

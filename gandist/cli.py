@@ -231,12 +231,16 @@ def _print_hint(dataset: Any) -> None:
         sizes = [resized(height, width, 120) for height, width in known]  # as the recipe makes them
         words += [f'"data.transform.canvas=[{max(h for h, _ in sizes)},{max(w for _, w in sizes)}]"'] if sizes else []
         words += ["run.evaluate_images=null"] if "test" not in dataset.manifest.splits else []
+    elif dataset.manifest.source.get("kind") == "embedded":
+        recipe, batch = "demo", 32
     else:
         recipe, batch = "dcgan", 64
         words += ["data.transform.size=64", "data.transform.crop=64"] if image.height is None else []
     words += [f"run.batch={spec.samples}"] if spec.samples < batch else []
     command = f"gandist train configs/{recipe}.yaml data.path={place} run.folder=runs/{Path(place).name}"
     print(printable(f"\ntrain on it:  {' '.join([command, *words])}"))
+    if recipe == "stanford_best":
+        print("              (that recipe makes the shorter side of each image 120 pixels: data.transform.size)")
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import colorsys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SHADES = 256
+LINE = 2  # pixels between panels
 BLACK = (0.0, 0.0, 0.0)
 
 
@@ -23,9 +25,12 @@ def coloured(mask: Tensor) -> Tensor:
 
 
 def beside(images: Tensor, *masks: Tensor) -> Tensor:
-    """(B, 3, H, nW): images (B, C, H, W) in −1 … 1 and right of them masks (B, H, W) in colours; black where there is no class."""
+    """(B, 3, H + 2, n (W + 2)): images (B, C, H, W) in −1 … 1 and right of them masks (B, H, W) in colours, black where there is no class;
+    a white line right of each and below.
+    """
     shown = images if images.shape[1] in (1, 3) else images[:, :1]
-    return torch.cat([shown.expand(-1, 3, -1, -1), *(coloured(mask) for mask in masks)], dim=3)
+    panels = [shown.expand(-1, 3, -1, -1), *(coloured(mask).to(shown.dtype) for mask in masks)]
+    return torch.cat([F.pad(panel, (0, LINE, 0, LINE), value=1.0) for panel in panels], dim=3)
 
 
 def bytes_of_palette() -> list[int]:

@@ -352,13 +352,17 @@ class Run:
         say = self.bar.say
         for warning in [*self.warnings, *self.stream.promises()]:
             say(warning)
-        if resuming:
+        if self.init_from is not None and not resuming:
+            say(f"starts from the weights of {self.origin.folder}")
+        if resuming and not self.clock.done:
             say(f"going on at {self.clock.images:,} images from {self.found.folder}" if self.found else "")
         where = "1 process" if self.world.ranks == 1 else f"{self.world.ranks} processes"
         where += ", their weights spread (FSDP2)," if self.world.sharding is not None else ""
         say(f"{self.folder}: {where} on {self.world.device.type}, {self.world.precision} ({self.world.reason})")
         if self.clock.done:
-            say(f"all {self.recipe.run.images:,} images are done; a larger `run.images` trains on")
+            say(
+                f"{self.clock.images:,} images are done, and `run.images` is {self.recipe.run.images:,}; a larger one trains on"
+            )
 
     def _write_subset(self) -> None:
         """Which samples the labels of this run come from, by number and key."""

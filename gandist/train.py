@@ -31,6 +31,9 @@ def train(recipe: Recipe, world: World, init_from: Path | None = None, allow_pip
                 f"stopped at {run.clock.images:,} images on request; a checkpoint is saved, and the same command goes on"
             )
         elif run.clock.step != run.resumed_step:
-            run.bar.say(f"done: {run.clock.images:,} images in {run.seconds / 60:.1f} min")
+            took = f"{run.seconds / 60:.1f} min" if run.seconds >= 60 else f"{run.seconds:.0f} s"
+            run.bar.say(
+                f"done: {run.clock.images:,} images in {took}; {run.folder} has the checkpoint, samples and log"
+            )
     stop.close()
     return DONE if run.clock.done else STOPPED

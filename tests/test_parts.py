@@ -272,6 +272,7 @@ run: {{folder: {tmp_path / "run"}, images: 16, batch: 8, sample_images: 8}}
         assert gandist("train", path, *given, "data.quarantine=20", f"run.folder={tmp_path / 'passed'}").code == 0
         return
     assert done.code == 2
+    assert {"unlabelled": "of unlabelled images: ", "scored": "of the split test, which is scored: "}[what] in done.err
     assert "is larger than images of" in done.err
     assert not (tmp_path / "run").exists()
 

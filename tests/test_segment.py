@@ -65,7 +65,7 @@ from gandist.maps import (
 )
 from gandist.masks import file_of
 from gandist.pairs import PairOptions, views
-from gandist.palette import palette
+from gandist.palette import LINE, palette
 from gandist.recipe import DataOptions, Recipe, RunOptions, TransformOptions
 from gandist.run import make_players
 from gandist.windows import Answers, InferenceOptions, answered, probabilities, starts, to_size
@@ -509,7 +509,7 @@ def test_a_canvas_that_is_too_small_is_refused_with_the_size_that_it_takes(
     assert f"`data.transform.canvas: {taken}`" in said
     failed = gandist("train", path, "data.transform.canvas=[64, 48]")
     assert failed.code == 2
-    assert f"`data.transform.canvas` has 48×64 pixels, and images take {taken[1]}×{taken[0]}" in failed.err
+    assert f"`canvas` is [64, 48], height and width, and images take {taken}" in failed.err
     assert not (tmp_path / "run").exists()
     assert gandist("describe", path, f"data.transform.canvas={taken}").code == 0
     # Of the smaller side 32, the largest are those of the most extreme proportion.
@@ -543,7 +543,7 @@ def test_an_image_that_is_larger_than_the_canvas_is_named_where_nobody_noted_its
     assert "`data.transform.canvas: [HEIGHT, WIDTH]`" in gandist("describe", path, "data.transform.canvas=null").err
     failed = gandist("train", path, "data.transform.canvas=[64, 48]")
     assert failed.code == 1
-    assert "`data.transform.canvas` has 48×64" in failed.err
+    assert "`canvas` is [64, 48], height and width, and images take [" in failed.err
 
 
 class _Rows:
@@ -1073,7 +1073,7 @@ def test_inspect_shows_the_crops_that_the_players_see(
         )
         sizes.append(Image.open(out).size)
     assert sizes[0][0] / sizes[0][1] == pytest.approx(2)
-    assert sizes[1][0] / sizes[1][1] == pytest.approx(6)
+    assert sizes[1][0] / sizes[1][1] == pytest.approx(2 * (48 + LINE) / (16 + LINE))
 
 
 def test_a_subset_without_labels_is_so_many_samples_chosen_by_its_seed(

@@ -88,9 +88,13 @@ def unlabelled_spec(options: DataOptions, spec: Spec) -> Spec | None:
             f"its images have {theirs.channels} channels, and those of `path` {mine.channels}; pack them with as many channels"
         )
     if mine.height is not None and (mine.height, mine.width) != (theirs.height, theirs.width):
-        size = f"{theirs.width}×{theirs.height}" if theirs.height is not None else "several sizes"
+        if theirs.height is None:
+            raise ValueError(
+                f"its images differ in size, and those of `path` come out as {mine.width}×{mine.height}: give `unlabelled_transform` a `crop`, or "
+                f"`canvas: [{mine.height}, {mine.width}]`"
+            )
         raise ValueError(
-            f"its images come out as {size}, and those of `path` as {mine.width}×{mine.height}; set `unlabelled_transform`"
+            f"its images come out as {theirs.width}×{theirs.height}, and those of `path` as {mine.width}×{mine.height}; set `unlabelled_transform`"
         )
     return found
 

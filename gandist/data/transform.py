@@ -72,7 +72,10 @@ def sized(options: TransformOptions, height: int, width: int) -> tuple[int, int]
         inner = f"{width - 2 * options.pad}×{height - 2 * options.pad}"
         raise ValueError(f"`pad` {options.pad} is too much to mirror for images of {inner}")
     if options.crop is not None and options.crop > min(height, width):
-        raise ValueError(f"`crop` {options.crop} is larger than images of {width}×{height}; set `size` as well")
+        remedy = (
+            f"set `size: {options.crop}` as well" if options.size is None else f"raise `size`, which is {options.size}"
+        )
+        raise ValueError(f"`crop` {options.crop} is larger than images of {width}×{height}; lower it, or {remedy}")
     return height, width
 
 
@@ -99,7 +102,7 @@ def refuse_larger(canvas: tuple[int, int], height: int, width: int) -> None:
     """Raises ValueError where an image does not fit on the canvas."""
     if height > canvas[0] or width > canvas[1]:
         raise ValueError(
-            f"`data.transform.canvas` has {canvas[1]}×{canvas[0]} pixels, and images take {width}×{height}; enlarge it, or set a smaller `size` (in a run "
+            f"`canvas` is [{canvas[0]}, {canvas[1]}], height and width, and images take [{height}, {width}]; enlarge it, or set a smaller `size` (in a run "
             "that was begun, with run.folder=NEW --init-from RUN)"
         )
 
