@@ -20,6 +20,7 @@ from gandist.palette import palette
 Picture = npt.NDArray[np.uint8]
 
 VIEW = 512  # pixels of a grid's side that small images are magnified to, by whole factors
+LINES = 16  # more, where panels have lines between them
 SHOWN, PLOTTED = 64, 4096  # samples of a sheet, and of one that plots them: 64 points tell nothing of a distribution
 GAP = 2  # empty pixels around a curve, so that neighbours do not run into each other
 SHEET = 800  # pixels of the width of a sheet with captions
@@ -66,7 +67,7 @@ def grid(images: Tensor, columns: int | None = None, magnify: bool = True) -> Pi
     rows = -(-count // columns)
     empty = images.new_full((rows * columns - count, *images.shape[1:]), -1)
     pixels = torch.cat([images, empty]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    factor = max(1, VIEW // (height * max(rows, columns))) if magnify else 1
+    factor = max(1, (VIEW + LINES) // (height * max(rows, columns))) if magnify else 1
     pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     if channels not in (1, 3):
         pixels = pixels[:, :1]
