@@ -26,6 +26,8 @@ import yaml
 from trials import Help, Trial, curve, finish, machine, options, refuse_few, refuse_ours, train_all
 
 from gandist.check import read_recipe
+from gandist.checkpoint import newest
+from gandist.data.opening import data_digest
 from gandist.metrics.protocol import card
 from gandist.plots import learning_curves
 from gandist.recipe import Failure, InputError, Recipe
@@ -94,6 +96,16 @@ def refuse_others(folder: Path, recipe: Recipe) -> None:
         if key in old[section] and differ(old[section][key], new[section][key]):
             raise InputError(
                 f"{folder}: is a run with another `{section}.{key}`; name another folder by --out, or take the override back"
+            )
+    begun, _ = newest(folder / "checkpoints")
+    for known, key, data in (
+        ("data", "path", recipe.data),
+        ("data.unlabelled_path", "unlabelled_path", recipe.data.unlabelled()),
+    ):
+        digest = None if data is None else data_digest(data)
+        if begun is not None and begun.state.decisive.get(known) != digest:
+            raise InputError(
+                f"{folder}: is a run of another dataset than `data.{key}` names; name another folder by --out"
             )
 
 

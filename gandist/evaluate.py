@@ -82,9 +82,12 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
         )
     refuse_secrets(recipe.data.path, "a recipe is copied into logs and checkpoints")
     recipe = recipe.model_copy(update={"data": recipe.data.labelled()})
-    if recipe.data.reader != "index" or not _another(found, recipe.data):
-        return recipe
-    return _for_another(recipe.model_copy(update={"data": _fitted(found, recipe.data, given)}), given)
+    if recipe.data.reader == "index" and _another(found, recipe.data):
+        recipe = _for_another(recipe.model_copy(update={"data": _fitted(found, recipe.data, given)}), given)
+    learned = getattr(getattr(recipe.game, "scores", None), "train_samples", 0)
+    if any(key.startswith("data.subset") for key in given) and not learned:
+        raise InputError("`data.subset`: has no effect on scores, which are of a whole split; leave it out")
+    return recipe
 
 
 def _names(text: str) -> set[str]:

@@ -73,22 +73,19 @@ from gandist.windows import Answers, InferenceOptions, answered, probabilities, 
 CPU = torch.device("cpu")
 BATCH = 8
 CLASSES = 11
+NAMES = ("background", *["top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"])
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """35 images of several sizes with masks, a fifth of them held out; not to be written to."""
     folder = tmp_path_factory.mktemp("scenes")
-    names = (
-        "background",
-        *["top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
-    )
     packed(
         scenes_on_disk(folder / "source", 35),
         folder / "scenes",
         splits=(("train", 0.8), ("test", 0.2)),
         shuffle=0,
-        names=names,
+        names=NAMES,
     )
     return folder / "scenes"
 
@@ -868,18 +865,17 @@ def test_scores_are_the_same_on_any_number_of_processes(
 def test_another_dataset_of_the_same_classes_is_scored_by_its_path(
     trained: Path, tmp_path: Path, gandist: Callable[..., Result]
 ) -> None:
-    names = (
-        "background",
-        *["top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
-    )
     scenes_on_disk(tmp_path / "source", 6, [(60, 30), (30, 61)])
     (tmp_path / "tree" / "test").mkdir(parents=True)
     for part in ("images", "masks"):
         (tmp_path / "source" / part).rename(tmp_path / "tree" / "test" / part)
-    packed(tmp_path / "tree", tmp_path / "other", names=names)
+    packed(tmp_path / "tree", tmp_path / "other", names=NAMES)
     done = gandist("evaluate", trained, f"data.path={tmp_path / 'other'}", "--json", "--out", tmp_path)
     assert done.code == 0, done.err
     assert json.loads(done.out)["samples"] == 6
+    few = gandist("evaluate", trained, f"data.path={tmp_path / 'other'}", "data.subset={samples: 3}", "--out", tmp_path)
+    assert few.code == 2
+    assert "`data.subset`: has no effect on scores" in few.err
     flipped = ["game.inference={flip: true}", "game.scores={boundary_tolerance: 0.01, split: test}"]
     done = gandist("evaluate", trained, f"data.path={tmp_path / 'other'}", *flipped, "--json", "--out", tmp_path)
     assert done.code == 0, done.err
@@ -888,11 +884,11 @@ def test_another_dataset_of_the_same_classes_is_scored_by_its_path(
     scenes_on_disk(tmp_path / "larger", 3, [(64, 64)])
     for path in (tmp_path / "larger").rglob("*.png"):
         Image.open(path).resize((90, 70), Image.Resampling.NEAREST).save(path)
-    packed(tmp_path / "larger", tmp_path / "train_alone", names=names)
+    packed(tmp_path / "larger", tmp_path / "train_alone", names=NAMES)
     done = gandist("evaluate", trained, f"data.path={tmp_path / 'train_alone'}", "--json", "--out", tmp_path)
     assert done.code == 0, done.err
     assert json.loads(done.out)["protocol"]["split"] == "train"
-    packed(tmp_path / "larger", tmp_path / "renamed", names=names[::-1])
+    packed(tmp_path / "larger", tmp_path / "renamed", names=NAMES[::-1])
     refused = gandist("evaluate", trained, f"data.path={tmp_path / 'renamed'}", "--out", tmp_path)
     assert refused.code == 2
     assert "pack it with the same numbers and the same --names" in refused.err
@@ -1145,6 +1141,12 @@ def test_the_paired_report_is_of_its_runs_and_goes_on(scenes: Path, tmp_path: Pa
         other = report("--seeds", 1, *wrong)
         assert other.returncode == 2
         assert why in other.stderr
+    packed(
+        scenes_on_disk(tmp_path / "others", 35), tmp_path / "other", splits=(("train", 0.8), ("test", 0.2)), names=NAMES
+    )
+    other = report("--seeds", 2, "--at", 16, f"data.path={tmp_path / 'other'}")
+    assert other.returncode == 2
+    assert "is a run of another dataset than `data.path` names" in other.stderr
     early = report("--seeds", 2, "--at", 16)
     assert early.returncode == 0, early.stderr
     assert "after 16 images" in early.stdout
