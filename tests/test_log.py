@@ -61,6 +61,7 @@ def test_wandb_gets_config_scalars_over_images_and_grids_without_a_network(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     result = gandist("train", recipe(), "run.trackers=[wandb]", "run.sample_images=80")
     assert result.code == 0, result.err
+    assert "left out" not in result.err, result.err
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     from wandb.proto import wandb_internal_pb2
 
