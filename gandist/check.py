@@ -73,7 +73,6 @@ def contradictions(
 
 def _data_that_is_there(source: Source, data: DataOptions, allow_pipe: bool) -> Spec | None:
     """What a game gets of the data, or None, the fault noted."""
-    spec = None
     try:
         spec = data_spec(data, allow_pipe)
         if data.reader == "index":

@@ -51,7 +51,7 @@ def read_for(found: checkpoint.Checkpoint, overrides: list[str]) -> Recipe:
     given = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         key, _, text = override.partition("=")
-        if key in given and key == "game.scores":
+        if key == "game.scores":
             given |= {f"{key}.{name}" for name in _names(text)} | {"game.scores.features"}
         if key.startswith("data.unlabelled"):
             raise InputError(f"{override}: has no effect on scores, which read no unlabelled images; leave it out")
